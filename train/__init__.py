@@ -1,0 +1,1 @@
+"""The lean trainer: sample, reward, score, decide, update, evaluate, save."""
