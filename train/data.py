@@ -248,9 +248,7 @@ def encode_prompts(
                 "such problems out"
             )
     if not any(encoded):
-        raise ValueError(
-            f"none of {len(problems)} prompts fits into max_prompt_tokens={max_prompt_tokens}; raise the limit"
-        )
+        raise ValueError(f"none of {len(problems)} prompts fits into max_prompt_tokens={max_prompt_tokens}; raise it")
     return encoded
 
 
@@ -270,7 +268,7 @@ def _prompt_ids(prompt: str, tokenizer: Any, *, chat_template: bool) -> list[int
 def drop_long(
     problems: Sequence[Problem], encoded: Sequence[tuple[int, ...]]
 ) -> tuple[list[Problem], list[tuple[int, ...]], list[Problem]]:
-    """Split the result of `encode_prompts(on_long="drop")`: kept problems, their prompts, dropped problems."""
+    """Split what `encode_prompts(on_long="drop")` gave: kept problems, their prompts, dropped problems."""
     pairs = list(zip(problems, encoded, strict=True))
     kept = [(problem, ids) for problem, ids in pairs if ids]
     dropped = [problem for problem, ids in pairs if not ids]
