@@ -1,0 +1,43 @@
+# Each target does its own set-up: .ci/install.py makes or mends .venv and does nothing when it is whole.
+# PYTHON=/path/to/python3 chooses the interpreter; ARGS="..." goes to the program that a target runs.
+
+VENV := .venv/bin
+PYTHONS := python3 python3.13 python3.12 python3.11 python3.14 python
+USABLE := import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 14))
+ifndef PYTHON
+PYTHON := $(shell for p in $(PYTHONS); do \
+	env -u PYTHONHOME -u PYTHONPATH "$$p" -c '$(USABLE)' >/dev/null 2>&1 && { command -v "$$p"; break; }; done)
+endif
+
+# What an activated environment or a shell's settings would smuggle in.
+unexport PYTHONPATH PYTHONHOME VIRTUAL_ENV PIP_TARGET PIP_PREFIX PIP_USER PIP_CONSTRAINT
+export PYRIGHT_PYTHON_IGNORE_WARNINGS := 1
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint bench clean install
+
+help: ## show this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' Makefile
+
+demo: install ## train a tiny model three ways on the CPU and draw its entropy curves into runs/demo/
+	$(VENV)/python train/demo.py $(ARGS)
+
+test: install ## run every test
+	$(VENV)/python -P -m pytest -q --durations=10 $(ARGS)
+
+lint: install ## ruff check, ruff format --check, pyright
+	$(VENV)/ruff check .
+	$(VENV)/ruff format --check .
+	$(VENV)/python -P -m pyright
+
+bench: install ## time kernels and steps against their rivals
+	$(VENV)/python -P -m pytest bench -q --benchmark-columns=min,median,stddev,rounds $(ARGS); \
+	status=$$?; test $$status -eq 5 && echo "bench/ holds no benchmark yet" || exit $$status
+
+clean: ## remove .venv, caches and build folders; runs/ stays
+	rm -rf .venv build dist .pytest_cache .ruff_cache .hypothesis .benchmarks *.egg-info
+	find kernels entrocraft train tests bench docs .ci -name __pycache__ -type d -prune -exec rm -rf {} +
+
+install: ## make or mend .venv
+	@test -n "$(PYTHON)" || { echo "error: no Python 3.11 to 3.14 found; install one, or name it: make PYTHON=/path/to/python3 ..." >&2; exit 1; }
+	@"$(PYTHON)" .ci/install.py
