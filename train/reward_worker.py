@@ -1,0 +1,120 @@
+"""What runs inside a reward worker process, and how such a process is started.
+
+Apart from `train/rewards.py` so that a worker can be started from this module alone.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import multiprocessing
+import os
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from multiprocessing.context import ForkServerContext, ForkServerProcess
+from typing import Any, NamedTuple
+
+from entrocraft.train.graders import Reward, load_reward
+
+Row = tuple[str, str, str]
+"""(completion, answer, prompt), in the order a reward takes them."""
+
+
+class Verdict(NamedTuple):
+    """What one call of the reward gave. Neither a score nor an error: the reward returned None."""
+
+    score: float | None = None
+    error: str | None = None
+    timed_out: bool = False
+
+
+def judge(reward: Reward, row: Row) -> Verdict:
+    """Call the reward once and never raise, except for Ctrl-C in a process that listens to it."""
+    try:
+        value: Any = reward(*row)
+        if value is None:
+            return Verdict()
+        # float("1.0") would work, but a reward that returns text has a bug worth hearing about.
+        score = math.nan if isinstance(value, str | bytes) else float(value)
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # sys.exit() in a grader must not end the worker
+        return Verdict(error=f"{type(error).__name__}: {error}"[:500])
+    if not math.isfinite(score):
+        return Verdict(error=f"the reward returned {value!r:.200}, expected a finite number or None")
+    return Verdict(score=score)
+
+
+_reward: Reward | None = None
+_load_error: str | None = None
+
+
+def prepare(reward_name: str) -> None:
+    """Load the reward, once, when the worker starts; its import does not count against any time limit."""
+    global _reward, _load_error
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    try:
+        _reward = load_reward(reward_name)
+    except Exception as error:  # told by load_error(); a worker that dies here would be restarted for ever
+        _load_error = str(error)
+    else:
+        if reward_name == "math_verify":  # compiles its regular expressions: 0.2 s
+            judge(_reward, ("1", "1", ""))
+
+
+def _end_with_parent() -> None:
+    # A worker busy with a hanging completion does not notice that its parent was killed.
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
+
+
+def load_error() -> str | None:
+    """Why the worker has no reward, or None if all is well."""
+    return _load_error
+
+
+def judge_chunk(rows: list[Row]) -> tuple[list[Verdict], float]:
+    """The verdicts on a chunk, and the seconds they took."""
+    assert _reward is not None, "prepare() ran and load_error() was asked before any chunk"
+    start = time.perf_counter()
+    verdicts = [judge(_reward, row) for row in rows]
+    return verdicts, time.perf_counter() - start
+
+
+class _WorkerProcess(ForkServerProcess):
+    @staticmethod
+    def _Popen(process_obj: Any) -> Any:
+        with _main_hidden():
+            return ForkServerProcess._Popen(process_obj)  # type: ignore[attr-defined]
+
+
+class WorkerContext(ForkServerContext):
+    """Forks workers from a server process that never ran threads or CUDA, and leaves `__main__` alone.
+
+    multiprocessing would import the caller's main script again in every worker: slow for a trainer, and a
+    second run of everything for a script without `if __name__ == "__main__"`. A reward worker needs nothing
+    from there.
+    """
+
+    Process = _WorkerProcess  # type: ignore[assignment]
+
+
+_main_lock = threading.Lock()
+
+
+@contextlib.contextmanager
+def _main_hidden() -> Iterator[None]:
+    """Take away, while a process is started, the two attributes by which multiprocessing finds `__main__`."""
+    main = sys.modules["__main__"]
+    with _main_lock:
+        hidden = {name: main.__dict__[name] for name in ("__file__", "__spec__") if name in main.__dict__}
+        main.__dict__.pop("__file__", None)
+        main.__spec__ = None
+        try:
+            yield
+        finally:
+            main.__dict__.update(hidden)
