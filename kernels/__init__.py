@@ -1,1 +1,15 @@
 """Fused linear head: per-token log-probability and full-vocabulary entropy without the logits."""
+
+from entrocraft.kernels.hf_head import FusedHead
+from entrocraft.kernels.linear_logprob import linear_logprob_entropy, linear_logprob_entropy_reference
+from entrocraft.kernels.logits_logprob import logits_logprob_entropy, logits_logprob_entropy_reference
+from entrocraft.kernels.token_stats import TokenStats
+
+__all__ = [
+    "FusedHead",
+    "TokenStats",
+    "linear_logprob_entropy",
+    "linear_logprob_entropy_reference",
+    "logits_logprob_entropy",
+    "logits_logprob_entropy_reference",
+]

@@ -1,0 +1,121 @@
+"""What the ops accept: the checks their public functions share, and the guards of their autograd functions."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class HeadOptions(NamedTuple):
+    """The arguments of an op that are not tensors."""
+
+    softcap: float | None
+    ignore_index: int
+    collision: bool
+    buffer_bytes: int
+
+
+def compute_dtype(*operands: Tensor) -> torch.dtype:
+    """fp64 when an operand is fp64, else fp32: products of bf16 or fp16 numbers are exact in it."""
+    return torch.float64 if any(operand.dtype == torch.float64 for operand in operands) else torch.float32
+
+
+def check_float_matrix(name: str, matrix: Tensor, shape: str) -> None:
+    """A plain dense floating point matrix."""
+    if matrix.dim() != 2 or not matrix.is_floating_point() or matrix.element_size() < 2:
+        raise ValueError(
+            f"{name} is {matrix.dtype} {tuple(matrix.shape)}; expected a bf16, fp16, fp32 or fp64 matrix [{shape}]"
+        )
+    if hasattr(matrix, "full_tensor"):
+        raise ValueError(f"{name} is a DTensor; expected a plain tensor: pass {name}.full_tensor()")
+
+
+def check_target(target_T: Tensor, *, like: Tensor, V: int, ignore_index: int, validate: bool) -> None:
+    """int64 ids [T] inside the vocabulary or equal to ignore_index; on a GPU the ids only with validate."""
+    T = like.shape[0]
+    if target_T.dtype != torch.int64 or target_T.shape != (T,) or target_T.device != like.device:
+        raise ValueError(
+            f"target_T is {target_T.dtype} {tuple(target_T.shape)} on {target_T.device}; expected int64 ({T},) on "
+            f"{like.device}: one token id for each of the T rows"
+        )
+    if target_T.device.type != "cpu" and not validate:
+        return
+    outside_T = ((target_T < 0) | (target_T >= V)) & (target_T != ignore_index)
+    if target_T.device.type != "cpu":
+        torch._assert_async(~outside_T.any(), f"target_T has ids outside the vocabulary of {V}")
+    elif outside_T.any():
+        t = int(outside_T.nonzero()[0, 0])
+        raise ValueError(
+            f"target_T[{t}] is {int(target_T[t])}, outside the vocabulary [0, {V}); mark rows that have no target with "
+            f"ignore_index={ignore_index}"
+        )
+
+
+def check_softcap(softcap: float | None) -> None:
+    """None, or a positive finite cap."""
+    if softcap is not None and not 0.0 < softcap < math.inf:
+        raise ValueError(f"softcap is {softcap}; expected a positive finite number, or None for no cap")
+
+
+def checked_inverse_temperature(
+    temperature: float | Tensor, *, like: Tensor, dtype: torch.dtype, validate: bool
+) -> float | Tensor:
+    """1 / temperature: a float, or [T] in dtype."""
+    if not isinstance(temperature, Tensor):
+        if not 0.0 < temperature < math.inf:
+            raise ValueError(f"temperature is {temperature}; expected a positive finite number")
+        return 1.0 / temperature
+    T = like.shape[0]
+    if temperature.shape != (T,) or temperature.device != like.device or not temperature.is_floating_point():
+        raise ValueError(
+            f"temperature is {temperature.dtype} {tuple(temperature.shape)} on {temperature.device}; expected a float, "
+            f"or floating point ({T},) on {like.device}"
+        )
+    if temperature.requires_grad:
+        raise ValueError("temperature requires a gradient, which this op does not compute: pass temperature.detach()")
+    wrong_T = ~((temperature > 0) & (temperature < math.inf))
+    if temperature.device.type == "cpu":
+        if wrong_T.any():
+            t = int(wrong_T.nonzero()[0, 0])
+            raise ValueError(f"temperature[{t}] is {float(temperature[t])}; expected a positive finite number")
+    elif validate:
+        torch._assert_async(~wrong_T.any(), "temperature has an element that is not positive and finite")
+    return 1.0 / temperature.to(dtype)
+
+
+def no_autocast(device: torch.device) -> contextlib.AbstractContextManager:
+    """Autocast off: the ops choose their precision themselves, and a cast to bf16 would round the accumulators."""
+    if torch.is_autocast_enabled(device.type):
+        return torch.autocast(device.type, enabled=False)
+    return contextlib.nullcontext()
+
+
+class _SecondDerivative(torch.autograd.Function):
+    """Identity on gradients, whose own backward explains that there is none."""
+
+    @staticmethod
+    def forward(ctx, name, anchor, *grads):
+        ctx.name = name
+        return tuple(grad.view_as(grad) for grad in grads)
+
+    @staticmethod
+    def backward(ctx, *_):
+        raise RuntimeError(
+            f"{ctx.name} has no second derivative: its backward is a fused computation. For a double backward "
+            f"(gradient penalty, Hessian-vector product) use {ctx.name}_reference, or call backward without create_graph=True"
+        )
+
+
+def refuse_second_derivative(
+    name: str, operands: list[Tensor | None], grads: list[Tensor | None]
+) -> list[Tensor | None]:
+    """The gradients; under create_graph=True, attached to the graph so that differentiating them is a clear error."""
+    anchor = next((operand for operand in operands if operand is not None and operand.requires_grad), None)
+    if not torch.is_grad_enabled() or anchor is None:
+        return grads
+    present = iter(_SecondDerivative.apply(name, anchor, *[grad for grad in grads if grad is not None]))
+    return [None if grad is None else next(present) for grad in grads]
