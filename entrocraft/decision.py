@@ -1,0 +1,73 @@
+"""Decision: what a controller hands back for one batch."""
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+from torch import Tensor
+
+from entrocraft.batch import Batch
+from entrocraft.guard import carrying
+from entrocraft.rules import Verdict
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Decision:
+    """Which tokens the loss of this step may use, with which advantages, and why.
+
+    keep_T: bool `[T]`; False takes a token out of the loss (`losses.token_weights`). Tokens outside the mask follow
+        their rollout, or stay True where single tokens are judged.
+    keep_R: bool `[R]`; some token of the rollout is kept. Rollouts where it is False need no forward pass.
+    advantage_R: fp32 `[R]`; what the loss must use.
+    direction: +1 entropy above the band, -1 below it, 0 inside.
+    bypassed: the guard set the rule's verdict aside and everything is kept.
+    reason: one sentence.
+    metrics: plain floats; NaN where a quantity is not defined for this batch.
+    """
+
+    keep_T: Tensor
+    keep_R: Tensor
+    advantage_R: Tensor
+    direction: int
+    bypassed: bool
+    reason: str
+    metrics: dict[str, float]
+
+
+def entropy_metrics(batch: Batch) -> dict[str, float]:
+    """What the batch's entropy looks like, in nats, before anything is rejected."""
+    return {
+        "entropy": batch.entropy,
+        "entropy_seq_mean": batch.entropy_seq_mean,
+        "entropy_p10": batch.entropy_percentile(0.1),
+        "entropy_p50": batch.entropy_percentile(0.5),
+        "entropy_p90": batch.entropy_percentile(0.9),
+        "logprob_positive": batch.logprob_mean(batch.advantage_R > 0),
+        "logprob_negative": batch.logprob_mean(batch.advantage_R < 0),
+    }
+
+
+def keep_metrics(batch: Batch, verdict: Verdict) -> dict[str, float]:
+    """What was kept. Fractions of rollouts go by `keep_R`, so where single tokens are judged look at the tokens' one.
+
+    authority: share of rollouts with an advantage other than 0. active_fraction: kept and with an advantage in the
+    loss other than 0; kept_groups: the prompts those come from.
+    """
+    keep_R = verdict.keep_R
+    active_R = keep_R & (verdict.advantage_R != 0)
+    tokens = float(batch.counted_R[keep_R].sum())
+    if verdict.keep_T is not None:
+        tokens = float(np.count_nonzero(verdict.keep_T & batch.mask_T))
+    return {
+        "kept_fraction": float(keep_R.mean()),
+        "kept_token_fraction": tokens / len(batch.entropy_N),
+        "kept_fraction_positive": _share(keep_R, batch.advantage_R > 0),
+        "kept_fraction_negative": _share(keep_R, batch.advantage_R < 0),
+        "kept_groups": float(len(np.unique(batch.group_R[active_R]))),
+        "active_fraction": float(active_R.mean()),
+        "authority": float(carrying(batch, verdict).mean()),
+    }
+
+
+def _share(keep_R: np.ndarray, of_R: np.ndarray) -> float:
+    return float(keep_R[of_R].mean()) if of_R.any() else math.nan

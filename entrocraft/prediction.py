@@ -1,0 +1,141 @@
+"""How much an update would change the entropy, to first order, from four numbers a token.
+
+Push the logits z of one row, p = softmax(z / tau), along the gradient of the log-probability of token y. With
+H the entropy of p, the entropy discriminator of token i is
+
+    S_i = p_i (log p_i + H)             dH / dz_i = -S_i / tau
+    S_bar = sum_i p_i S_i = sum p^2 log p + H sum p^2
+
+and one gradient step of unit size on a loss L that sees the row through log p_y alone changes its entropy by
+
+    dL/dlog p_y (S_y - S_bar) / tau^2
+
+For plain policy gradient, dL/dlog p_y = -A / N: rewarding a token with S_y > S_bar, one that is likelier than the
+policy is on average, lowers entropy; rewarding an unlikely one raises it. E_p[S_y - S_bar] = 0: only advantages
+that go with S move the entropy of a policy in expectation.
+
+Exact for a row of independent logits. Rows coupled through shared weights, the optimizer's scaling and re-used
+batches go into one number learnt online, `Gain`.
+
+Source: the theorem of arXiv 2604.26326 in the closed form of this project; the same S appears in arXiv 2602.03392.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from entrocraft.kernels.token_stats import TokenStats
+
+LossFn = Callable[[Tensor], Tensor]
+
+# Below this a predicted change is rounding, and realised / predicted would be a ratio of noise.
+_SMALLEST_PREDICTION = 1e-9
+_SMALLEST_GAIN = 1e-3
+
+
+def entropy_discriminator(stats: TokenStats) -> tuple[Tensor, Tensor]:
+    """`(S_T, Sbar_T)` in nats: S of the sampled token, and its mean under the policy. No gradient.
+
+    Raises:
+        ValueError: the statistics lack p2_T and p2logp_T.
+    """
+    if stats.p2_T is None or stats.p2logp_T is None:
+        raise ValueError(
+            "stats has no p2_T and p2logp_T, which the predicted entropy change needs: score the tokens with "
+            "collision=True"
+        )
+    logprob_T, entropy_T = stats.logprob_T.detach(), stats.entropy_T.detach()
+    s_T = logprob_T.exp() * (logprob_T + entropy_T)
+    # A token the policy cannot emit: p log p -> 0, where 0 * -inf would be NaN.
+    s_T = torch.where(torch.isneginf(logprob_T), 0.0, s_T)
+    return s_T, stats.p2logp_T.detach() + entropy_T * stats.p2_T.detach()
+
+
+def predicted_entropy_change(stats: TokenStats, loss_fn: LossFn, *, temperature: float | Tensor = 1.0) -> Tensor:
+    """change_T = dL/dlogprob_T (S_T - Sbar_T) / temperature^2, in nats for a gradient step of unit size on the logits.
+
+    Its sum is the predicted change of the batch entropy. Ratios, clipping, masks, averaging and importance weights
+    are in it because they are in L: a token whose gradient a clip removed predicts exactly 0.
+
+    Args:
+        stats: of the policy that is scored, with p2_T and p2logp_T.
+        loss_fn: logprob_T, a leaf that requires grad, to the scalar loss L; any differentiable loss.
+        temperature: > 0, scalar or `[T]`; what the logits were divided by.
+
+    Returns:
+        change_T in the dtype of the statistics, on their device, without gradient.
+
+    Raises:
+        ValueError: temperature <= 0, statistics without p2, or a loss that is no scalar or ignores logprob_T.
+    """
+    check_temperature(temperature, len(stats.logprob_T))
+    s_T, sbar_T = entropy_discriminator(stats)
+    return loss_gradient(stats.logprob_T, loss_fn) * (s_T - sbar_T) / temperature**2
+
+
+def loss_gradient(logprob_T: Tensor, loss_fn: LossFn) -> Tensor:
+    """dL/dlogprob_T of the scalar `loss_fn(logprob_T)`; errors as `predicted_entropy_change`."""
+    with torch.enable_grad():
+        leaf_T = logprob_T.detach().clone().requires_grad_(True)
+        loss = loss_fn(leaf_T)
+        if not isinstance(loss, Tensor) or loss.numel() != 1:
+            what = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else repr(loss)
+            raise ValueError(f"loss_fn returned {what}: expected one scalar tensor, the loss of the whole batch")
+        if not loss.requires_grad:
+            raise ValueError("loss_fn returned a loss that does not depend on the logprob_T it was given")
+        (gradient_T,) = torch.autograd.grad(loss, leaf_T, allow_unused=True)
+    if gradient_T is None:
+        raise ValueError("loss_fn returned a loss that does not depend on the logprob_T it was given")
+    return gradient_T
+
+
+def check_temperature(temperature: float | Tensor, tokens: int) -> None:
+    """Raise ValueError unless temperature is > 0 and finite, and a scalar or of shape `(tokens,)`."""
+    if isinstance(temperature, Tensor):
+        if temperature.ndim and temperature.shape != (tokens,):
+            raise ValueError(
+                f"temperature has shape {tuple(temperature.shape)}: expected a scalar or one for each of "
+                f"{tokens} tokens"
+            )
+        worst = float(temperature.min()) if temperature.numel() else 1.0
+        finite = bool(torch.isfinite(temperature).all())
+    else:
+        worst, finite = temperature, math.isfinite(temperature)
+    if not finite or not worst > 0:
+        raise ValueError(f"temperature = {worst!r}: expected > 0 and finite; sampling used 1.0 unless told otherwise")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Gain:
+    """Realised over predicted entropy change, learnt online as a regression through the origin.
+
+        value = EMA(realised predicted) / EMA(predicted^2)
+
+    Kept as it is while the numerator is <= 0 (a negative gain would turn control around on noise), never below 1e-3,
+    and blind to predictions of at most 1e-9. Source: this project.
+
+    value: where it stands; ema: weight of the past in each average, in [0, 1); numerator, denominator: the averages.
+    """
+
+    value: float = 10.0
+    ema: float = 0.9
+    numerator: float = 0.0
+    denominator: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not 0.0 < self.value < math.inf:
+            raise ValueError(f"initial_gain = {self.value!r}: expected finite and > 0, such as 10.0")
+        if not 0.0 <= self.ema < 1.0:
+            raise ValueError(f"ema = {self.ema!r}: expected 0 <= ema < 1, the weight of the past, such as 0.9")
+
+    def updated(self, realised: float, predicted: float) -> "Gain":
+        """The gain after one more step: `realised` nats came of a prediction of `predicted`."""
+        if not (math.isfinite(realised) and math.isfinite(predicted) and abs(predicted) > _SMALLEST_PREDICTION):
+            return self
+        numerator = self.ema * self.numerator + (1.0 - self.ema) * realised * predicted
+        denominator = self.ema * self.denominator + (1.0 - self.ema) * predicted**2
+        value = max(numerator / denominator, _SMALLEST_GAIN) if numerator > 0 else self.value
+        return replace(self, value=value, numerator=numerator, denominator=denominator)

@@ -1,0 +1,314 @@
+"""Which rollouts, or which of their tokens, an update may learn from.
+
+Every rule is a frozen value that is called with the same `RuleInputs` and returns a `Verdict`. m is the direction:
++1 where the entropy of the batch is above its band, -1 below, 0 inside. A is the advantage of a rollout, D its
+predicted entropy change under the configured loss (`prediction.py`). The rules `soft`, `hard` and `switch` are
+three published forms of one idea and differ on purpose; none of them is a default.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+
+from entrocraft.registry import lookup
+
+LEVELS = ("sequence", "token")
+
+# exp(-50) is 2e-22, less than any uniform of 53 bits but 0: an acceptance probability below it is none.
+_EXPONENT_LIMIT = -50.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class RuleInputs:
+    """What a rule may look at. NumPy arrays on the host, so that every process decides the same, bit for bit.
+
+    direction: m. want: the predicted change, in nats for a unit step, that would meet the schedule's next value.
+    rollout_T: int64, whose token it is. mask_T: bool, tokens the loss counts.
+    group_R, sample_R: int64, the name of a rollout.
+    advantage_R: float64. reward_R: float64 or None; NaN means no verdict.
+    change_T: predicted change of each token, 0 where the mask is False; None where the statistics lack p2.
+    change_R: its float64 sum over each rollout, D; None likewise.
+    seed, step: what randomness may depend on, besides the name of the rollout.
+    """
+
+    direction: int
+    want: float
+    rollout_T: np.ndarray
+    mask_T: np.ndarray
+    group_R: np.ndarray
+    sample_R: np.ndarray
+    advantage_R: np.ndarray
+    reward_R: np.ndarray | None
+    change_T: np.ndarray | None
+    change_R: np.ndarray | None
+    seed: int
+    step: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Verdict:
+    """keep_R: bool, rollouts that keep any token. keep_T: bool, or None for all tokens of the kept rollouts.
+
+    advantage_R: what the loss must use instead of the given advantages.
+    """
+
+    keep_R: np.ndarray
+    advantage_R: np.ndarray
+    keep_T: np.ndarray | None = None
+
+
+class Rule(Protocol):
+    """Anything that turns `RuleInputs` into a `Verdict`."""
+
+    def __call__(self, inputs: RuleInputs, /) -> Verdict: ...
+
+
+@dataclass(frozen=True, slots=True)
+class none:
+    """Keep every rollout as it is: no control, the arm to compare with."""
+
+    def __call__(self, inputs: RuleInputs) -> Verdict:
+        return _keep_all(inputs)
+
+
+@dataclass(frozen=True, slots=True)
+class soft:
+    """Accept a rollout when `u <= exp(min(0, gamma m A))`, u uniform in [0, 1).
+
+    Above the band positive advantages pass and negative ones rarely, below it the other way round; inside, or with
+    A = 0, everything passes. u depends on (seed, step, group, sample) alone. At gamma = 10 and eight rollouts a
+    prompt, an opposite sign passes with probability 0.029 at best (seven of eight in its majority class) and 9e-5 at
+    four of eight: nearly `hard`.
+
+    Entropy: above the band it is meant to fall, below it to rise. On policy, without clipping, positive-only and
+    negative-only updates share their expected direction, so the size of the drift changes and not its sign; the
+    effect comes with clipped, re-used batches.
+
+    gamma: >= 0, sharpness. Source: arXiv 2604.26326 v1, Algorithm 1, gamma = 10. No released code contains it.
+    """
+
+    gamma: float = 10.0
+
+    def __post_init__(self) -> None:
+        if not 0.0 <= self.gamma < float("inf"):
+            raise ValueError(f"gamma = {self.gamma!r}: expected finite and >= 0; the paper's first version has 10")
+
+    def acceptance(self, direction: int, advantage_R: np.ndarray) -> np.ndarray:
+        """Probability of accepting each rollout, float64 `[R]`: exp(clip(gamma m A, -50, 0))."""
+        return np.exp(np.clip(self.gamma * direction * advantage_R, _EXPONENT_LIMIT, 0.0))
+
+    def __call__(self, inputs: RuleInputs) -> Verdict:
+        probability_R = self.acceptance(inputs.direction, inputs.advantage_R)
+        keep_R = np.ones(len(probability_R), dtype=bool)
+        for index in np.flatnonzero(probability_R < 1.0):  # only those that can be rejected draw
+            u = uniform(inputs.seed, inputs.step, int(inputs.group_R[index]), int(inputs.sample_R[index]))
+            keep_R[index] = u <= probability_R[index]
+        return Verdict(keep_R=keep_R, advantage_R=inputs.advantage_R)
+
+
+@dataclass(frozen=True, slots=True)
+class hard:
+    """Accept a rollout when `m A >= 0`: positive-only above the band, negative-only below it, A = 0 always.
+
+    Entropy: as `soft`, of which it is the limit of large gamma.
+    Source: arXiv 2604.26326 v2, Algorithm 1.
+    """
+
+    def __call__(self, inputs: RuleInputs) -> Verdict:
+        return Verdict(keep_R=inputs.direction * inputs.advantage_R >= 0, advantage_R=inputs.advantage_R)
+
+
+@dataclass(frozen=True, slots=True)
+class switch:
+    """Keep every rollout; outside the band replace its advantage by a part of its raw reward R, -1 or +1.
+
+        m = +1: A' = max(R, 0)        m = -1: A' = min(R, 0)        m = 0: A' = A
+
+    Nothing is removed, so the denominator of the loss stays. Unlike the papers' rules it also moves prompts whose
+    rollouts all agree (+1 for all-correct above the band, -1 for all-wrong below), a large part of its authority.
+    A reward of NaN (no verdict) gets advantage 0.
+
+    Entropy: as `soft`, and stronger, by those prompts. Source: the released code of arXiv 2604.26326.
+    Raises ValueError for any reward other than -1 and +1: with 0 and 1, min(R, 0) would be 0 and do nothing.
+    """
+
+    def __call__(self, inputs: RuleInputs) -> Verdict:
+        reward_R = inputs.reward_R
+        if reward_R is None:
+            raise ValueError("rule 'switch' needs reward_R, the raw rewards of -1 and +1")
+        wrong_R = ~np.isnan(reward_R) & (np.abs(reward_R) != 1.0)
+        if wrong_R.any():
+            where = int(np.flatnonzero(wrong_R)[0])
+            raise ValueError(
+                f"reward_R[{where}] = {float(reward_R[where])!r}: rule 'switch' needs rewards of -1 and +1; "
+                "map 0 and 1 with 2 R - 1"
+            )
+        if inputs.direction == 0:
+            return _keep_all(inputs)
+        known_R = np.nan_to_num(reward_R, nan=0.0)
+        part_R = np.maximum(known_R, 0.0) if inputs.direction > 0 else np.minimum(known_R, 0.0)
+        return Verdict(keep_R=np.ones(len(part_R), dtype=bool), advantage_R=part_R)
+
+
+@dataclass(frozen=True, slots=True)
+class first_order:
+    """Accept when `m D <= 0`: above the band what lowers entropy to first order, below it what raises it.
+
+    level: "sequence" judges a rollout by the sum D over its tokens; "token" judges each token by its own.
+    A = 0 has D = 0 and always passes. Entropy: moves towards the band by construction, with all there is; far out
+    of band it may keep a few per cent of the rollouts. Source: this project.
+    """
+
+    level: str = "sequence"
+
+    def __post_init__(self) -> None:
+        _check_level(self.level)
+
+    def __call__(self, inputs: RuleInputs) -> Verdict:
+        change_N = _change(inputs, self.level)
+        return _verdict(inputs, self.level, inputs.direction * change_N <= 0)
+
+
+@dataclass(frozen=True, slots=True)
+class budget:
+    """Reject the fewest whose removal makes the predicted change meet the schedule's next value.
+
+        P(K) = sum of D over the kept           want = (target(step + 1) - H) / gain
+
+    P(all) < want: reject the most negative D first until P(K) >= want or no negative D is left. P(all) > want: the
+    most positive first until P(K) <= want. Equal ones go in the order of (group, sample, position). It looks
+    at neither the band nor the sign of an advantage, and A = 0 (D = 0) is never rejected.
+
+    level: "sequence" rejects rollouts, "token" single tokens. Entropy: as near to the schedule as first order and the
+    batch allow, in both directions. Source: this project.
+    """
+
+    level: str = "sequence"
+
+    def __post_init__(self) -> None:
+        _check_level(self.level)
+
+    def __call__(self, inputs: RuleInputs) -> Verdict:
+        change_N = _change(inputs, self.level)
+        total = math.fsum(_change(inputs, "sequence"))
+        rank_R = np.empty(len(inputs.group_R), dtype=np.int64)
+        rank_R[np.lexsort((inputs.sample_R, inputs.group_R))] = np.arange(len(rank_R))
+
+        def in_order(tied: np.ndarray) -> np.ndarray:
+            if self.level == "sequence":
+                return tied[np.argsort(rank_R[tied])]
+            return tied[np.lexsort((tied, rank_R[inputs.rollout_T[tied]]))]
+
+        return _verdict(inputs, self.level, keep_fewest_rejected(change_N, total, inputs.want, in_order))
+
+
+def keep_fewest_rejected(
+    change_N: np.ndarray, total: float, want: float, in_order: Callable[[np.ndarray], np.ndarray]
+) -> np.ndarray:
+    """bool `[N]`: all but the fewest that must go, most adverse first, for the sum of the kept to reach `want`.
+
+    change_N: predicted changes. total: their sum. in_order: puts the indices of equally adverse ones in the order in
+    which they go. Values are sorted, not indices: one sort, one cumulative sum, and sums that do not depend on how
+    the candidates were arranged.
+    """
+    keep_N = np.ones(len(change_N), dtype=bool)
+    if total > want:  # turn both signs, so that the way to go is up
+        change_N, total, want = -change_N, -total, -want
+    adverse = np.sort(-change_N[change_N < 0])[::-1]
+    if total >= want or len(adverse) == 0:
+        return keep_N
+    reached = total + np.cumsum(adverse, dtype=np.float64) >= want
+    count = int(np.argmax(reached)) + 1 if reached.any() else len(adverse)
+    last = -adverse[count - 1]
+    keep_N[change_N < last] = False
+    tied = np.flatnonzero(change_N == last)
+    left = count - (len(keep_N) - int(np.count_nonzero(keep_N)))
+    keep_N[in_order(tied)[:left]] = False
+    return keep_N
+
+
+def uniform(seed: int, step: int, group: int, sample: int) -> float:
+    """A number in [0, 1) that belongs to this rollout at this step, whoever asks and in whatever order."""
+    word = np.random.SeedSequence([seed, step, group, sample]).generate_state(1, np.uint64)[0]
+    return float(word >> np.uint64(11)) * 2.0**-53
+
+
+RULES: dict[str, Callable[..., Rule]] = {
+    "none": none,
+    "soft": soft,
+    "hard": hard,
+    "switch": switch,
+    "first_order": first_order,
+    "budget": budget,
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Preset:
+    """A rule with the aggregation of the loss (`losses.token_weights`) that belongs to it."""
+
+    rule: Rule
+    aggregation: str
+
+
+PRESETS: dict[str, Preset] = {
+    # arXiv 2604.26326, first version: Algorithm 1 and Equation 5.
+    "paper_v1": Preset(rule=soft(gamma=10.0), aggregation="eq5"),
+    # Its second version: Algorithm 1 and Equation 5.
+    "paper_v2": Preset(rule=hard(), aggregation="eq5"),
+    # What the authors released, and presumably ran.
+    "paper_code": Preset(rule=switch(), aggregation="token_mean"),
+}
+
+
+def build(name: str, **arguments: Any) -> Rule:
+    """The rule of that name.
+
+    Raises:
+        ValueError: unknown name, arguments it does not take, or values it refuses.
+    """
+    make = lookup(RULES, name, "rule")
+    try:
+        return make(**arguments)
+    except TypeError as error:
+        raise ValueError(f"rule {name!r} was given {sorted(arguments)}: {error}") from error
+
+
+def preset(name: str) -> Preset:
+    """The preset of that name.
+
+    Raises:
+        ValueError: unknown name.
+    """
+    return lookup(PRESETS, name, "preset")
+
+
+def _keep_all(inputs: RuleInputs) -> Verdict:
+    return Verdict(keep_R=np.ones(len(inputs.advantage_R), dtype=bool), advantage_R=inputs.advantage_R)
+
+
+def _check_level(level: str) -> None:
+    if level not in LEVELS:
+        raise ValueError(f"level = {level!r}: expected one of {', '.join(map(repr, LEVELS))}")
+
+
+def _change(inputs: RuleInputs, level: str) -> np.ndarray:
+    change_N = inputs.change_R if level == "sequence" else inputs.change_T
+    if change_N is None:
+        raise ValueError(
+            "this rule needs the predicted entropy change: score the tokens with collision=True, so that stats has "
+            "p2_T and p2logp_T"
+        )
+    return change_N
+
+
+def _verdict(inputs: RuleInputs, level: str, keep_N: np.ndarray) -> Verdict:
+    if level == "sequence":
+        return Verdict(keep_R=keep_N, advantage_R=inputs.advantage_R)
+    rollouts = len(inputs.advantage_R)
+    counted_R = np.bincount(inputs.rollout_T[inputs.mask_T], minlength=rollouts)
+    kept_R = np.bincount(inputs.rollout_T[inputs.mask_T & keep_N], minlength=rollouts)
+    return Verdict(keep_R=(kept_R > 0) | (counted_R == 0), advantage_R=inputs.advantage_R, keep_T=keep_N)
