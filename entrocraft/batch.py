@@ -1,7 +1,7 @@
 """One scored batch on the host: checked, summed rollout by rollout, in an order that nobody can change.
 
-Sums over the tokens of a rollout run in token order and sums over rollouts are exactly rounded (`math.fsum`), so the
-same rollouts give the same numbers, bit for bit, however processes shared them out or arranged them.
+The sum over the tokens of a rollout sees nothing but them and sums over rollouts are exactly rounded (`math.fsum`),
+so the same rollouts give the same numbers, bit for bit, however processes shared them out or arranged them.
 """
 
 import math
@@ -55,7 +55,7 @@ class Batch:
             raise ValueError("no token counts (mask_T is False everywhere, or T = 0): there is no entropy to control")
         rollout, group = rollout_T.cpu().numpy(), group_R.cpu().numpy()
         rollouts = len(group)
-        entropy = stats.entropy_T.detach().cpu().numpy()
+        entropy, logprob = stats.entropy_T.detach().cpu().numpy(), stats.logprob_T.detach().cpu().numpy()
         entropy_N = np.sort(entropy if mask.all() else entropy[mask])
         if not np.isfinite(entropy_N[[0, -1]]).all():  # NaN sorts last
             raise ValueError("entropy_T is not finite at a counted token: skip this step and look at the scored batch")
@@ -66,10 +66,10 @@ class Batch:
             sample_R=_appearance(group) if sample_R is None else sample_R.cpu().numpy(),
             advantage_R=advantage_R.detach().double().cpu().numpy(),
             reward_R=None if reward_R is None else reward_R.detach().double().cpu().numpy(),
-            counted_R=per_rollout(mask, rollout, mask, rollouts),
+            counted_R=per_rollout(mask, rollout, rollouts),
             entropy_N=entropy_N,
-            entropy_R=per_rollout(entropy, rollout, mask, rollouts),
-            logprob_R=per_rollout(stats.logprob_T.detach().cpu().numpy(), rollout, mask, rollouts),
+            entropy_R=per_rollout(masked(entropy, mask), rollout, rollouts),
+            logprob_R=per_rollout(masked(logprob, mask), rollout, rollouts),
         )
 
     @property
@@ -96,10 +96,19 @@ class Batch:
         return math.fsum(self.logprob_R[chosen_R]) / tokens if tokens else math.nan
 
 
-def per_rollout(value_T: np.ndarray, rollout_T: np.ndarray, mask_T: np.ndarray, rollouts: int) -> np.ndarray:
-    """float64 `[R]`: sum of `value_T` over the counted tokens of each rollout, in token order."""
-    counted = value_T if mask_T.all() else np.where(mask_T, value_T, 0)
-    return np.bincount(rollout_T, weights=counted, minlength=rollouts)
+def per_rollout(value_T: np.ndarray, rollout_T: np.ndarray, rollouts: int) -> np.ndarray:
+    """float64 `[R]`: sum of `value_T` over the tokens of each rollout, which lie next to each other."""
+    edge = np.searchsorted(rollout_T, np.arange(rollouts + 1))
+    start = edge[:-1][edge[1:] > edge[:-1]]  # reduceat has no empty sum
+    total_R = np.zeros(rollouts)
+    if len(start):
+        total_R[edge[1:] > edge[:-1]] = np.add.reduceat(value_T.astype(np.float64, copy=False), start)
+    return total_R
+
+
+def masked(value_T: np.ndarray, mask_T: np.ndarray) -> np.ndarray:
+    """`value_T` with 0 where `mask_T` is False, also where it was NaN."""
+    return value_T if mask_T.all() else np.where(mask_T, value_T, 0)
 
 
 def _appearance(group_R: np.ndarray) -> np.ndarray:

@@ -12,11 +12,18 @@ from torch import Tensor
 
 from entrocraft import rules
 from entrocraft.bands import Band, band, check_reachable
-from entrocraft.batch import Batch, per_rollout
+from entrocraft.batch import Batch, masked, per_rollout
 from entrocraft.decision import Decision, entropy_metrics, keep_metrics
 from entrocraft.guard import Guard
 from entrocraft.kernels.token_stats import TokenStats
-from entrocraft.prediction import Gain, LossFn, check_temperature, entropy_discriminator, predicted_entropy_change
+from entrocraft.prediction import (
+    Gain,
+    LossFn,
+    change_from_gradient,
+    check_temperature,
+    entropy_discriminator,
+    predicted_entropy_change,
+)
 from entrocraft.rules import Rule, RuleInputs, Verdict
 from entrocraft.schedules import Schedule
 
@@ -318,15 +325,13 @@ def _predict(
     if loss_fn is not None:
         change = predicted_entropy_change(stats, loss_fn, temperature=temperature)
     else:
-        # The gradient of -sum(mask A logprob) / sum(mask), written down.
         s_T, sbar_T = entropy_discriminator(stats)
+        # The gradient of -sum(mask A logprob) / sum(mask), written down.
         gradient_R = torch.as_tensor(-advantage_R / len(batch.entropy_N), dtype=s_T.dtype, device=s_T.device)
         rollout_T = torch.as_tensor(batch.rollout_T, device=s_T.device)
-        change = gradient_R[rollout_T] * (s_T - sbar_T) / temperature**2
-    change_T = change.cpu().numpy()
-    if not batch.mask_T.all():
-        change_T = np.where(batch.mask_T, change_T, 0)
-    change_R = per_rollout(change_T, batch.rollout_T, batch.mask_T, len(batch.group_R))
+        change = change_from_gradient(gradient_R[rollout_T], s_T, sbar_T, temperature)
+    change_T = masked(change.cpu().numpy(), batch.mask_T)
+    change_R = per_rollout(change_T, batch.rollout_T, len(batch.group_R))
     if not np.isfinite(change_R).all():
         raise ValueError("the predicted entropy change is not finite: loss_fn's gradient or the statistics hold NaN")
     return _Change(change_T, change_R)
@@ -338,5 +343,5 @@ def _kept_sum(change: _Change | None, verdict: Verdict, batch: Batch) -> float:
         return math.nan
     if verdict.keep_T is None:
         return math.fsum(change.change_R[verdict.keep_R])
-    kept_T = verdict.keep_T & batch.mask_T
-    return math.fsum(per_rollout(change.change_T, batch.rollout_T, kept_T, len(batch.group_R)))
+    kept_T = masked(change.change_T, verdict.keep_T)
+    return math.fsum(per_rollout(kept_T, batch.rollout_T, len(batch.group_R)))

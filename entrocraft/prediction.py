@@ -48,9 +48,8 @@ def entropy_discriminator(stats: TokenStats) -> tuple[Tensor, Tensor]:
             "collision=True"
         )
     logprob_T, entropy_T = stats.logprob_T.detach(), stats.entropy_T.detach()
-    s_T = logprob_T.exp() * (logprob_T + entropy_T)
-    # A token the policy cannot emit: p log p -> 0, where 0 * -inf would be NaN.
-    s_T = torch.where(torch.isneginf(logprob_T), 0.0, s_T)
+    # A token the policy cannot emit: p log p -> 0, where 0 * -inf would be NaN. NaN itself stays NaN.
+    s_T = (logprob_T.clamp(min=torch.finfo(logprob_T.dtype).min) + entropy_T).mul_(logprob_T.exp())
     return s_T, stats.p2logp_T.detach() + entropy_T * stats.p2_T.detach()
 
 
@@ -73,7 +72,13 @@ def predicted_entropy_change(stats: TokenStats, loss_fn: LossFn, *, temperature:
     """
     check_temperature(temperature, len(stats.logprob_T))
     s_T, sbar_T = entropy_discriminator(stats)
-    return loss_gradient(stats.logprob_T, loss_fn) * (s_T - sbar_T) / temperature**2
+    return change_from_gradient(loss_gradient(stats.logprob_T, loss_fn), s_T, sbar_T, temperature)
+
+
+def change_from_gradient(gradient_T: Tensor, s_T: Tensor, sbar_T: Tensor, temperature: float | Tensor) -> Tensor:
+    """gradient_T (S_T - Sbar_T) / temperature^2, where gradient_T is dL/dlogprob_T."""
+    change_T = (s_T - sbar_T).mul_(gradient_T)
+    return change_T if isinstance(temperature, float) and temperature == 1.0 else change_T / temperature**2
 
 
 def loss_gradient(logprob_T: Tensor, loss_fn: LossFn) -> Tensor:

@@ -13,6 +13,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from entrocraft.batch import per_rollout
 from entrocraft.registry import lookup
 
 LEVELS = ("sequence", "token")
@@ -220,8 +221,8 @@ def keep_fewest_rejected(
     adverse = np.sort(-change_N[change_N < 0])[::-1]
     if total >= want or len(adverse) == 0:
         return keep_N
-    reached = total + np.cumsum(adverse, dtype=np.float64) >= want
-    count = int(np.argmax(reached)) + 1 if reached.any() else len(adverse)
+    reached = int(np.searchsorted(np.cumsum(adverse, dtype=np.float64), want - total))
+    count = min(reached + 1, len(adverse))
     last = -adverse[count - 1]
     keep_N[change_N < last] = False
     tied = np.flatnonzero(change_N == last)
@@ -309,6 +310,6 @@ def _verdict(inputs: RuleInputs, level: str, keep_N: np.ndarray) -> Verdict:
     if level == "sequence":
         return Verdict(keep_R=keep_N, advantage_R=inputs.advantage_R)
     rollouts = len(inputs.advantage_R)
-    counted_R = np.bincount(inputs.rollout_T[inputs.mask_T], minlength=rollouts)
-    kept_R = np.bincount(inputs.rollout_T[inputs.mask_T & keep_N], minlength=rollouts)
+    counted_R = per_rollout(inputs.mask_T, inputs.rollout_T, rollouts)
+    kept_R = per_rollout(inputs.mask_T & keep_N, inputs.rollout_T, rollouts)
     return Verdict(keep_R=(kept_R > 0) | (counted_R == 0), advantage_R=inputs.advantage_R, keep_T=keep_N)
