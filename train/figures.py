@@ -19,7 +19,7 @@ from matplotlib.ticker import MaxNLocator
 
 Rows = Sequence[Mapping[str, Any]]
 
-_STYLE = {
+_STYLE: dict[Any, Any] = {
     "font.size": 9.0,
     "axes.titlesize": 10.0,
     "axes.titleweight": "bold",
@@ -135,18 +135,32 @@ def plot_run(rows: Rows, path: str | Path) -> None:
     """
     panels = [panel for panel in RUN_PANELS if any(len(column(rows, name)[0]) for name, _ in panel.lines)]
     below = math.ceil(len(panels) / 2)
-    with mpl.rc_context(_STYLE):
-        figure = Figure(figsize=(11, 3.6 + 2.6 * below), layout="constrained")
-        grid = figure.add_gridspec(1 + below, 2, height_ratios=[1.35] + [1.0] * below)
+    heights = [2.2] + [1.45] * below
+    # Laid out by hand, in inches: matplotlib's constrained layout triples the time for so many axes. The title
+    # is placed by hand too, above the upper axis.
+    gap, foot = 0.95, 0.55
+    height = sum(heights) + gap * len(heights) + foot
+    with mpl.rc_context(_STYLE | {"axes.titley": 1.0, "axes.titlepad": 22.0}):
+        figure = Figure(figsize=(11, height))
+        grid = figure.add_gridspec(
+            1 + below,
+            2,
+            height_ratios=heights,
+            hspace=gap * len(heights) / sum(heights),
+            wspace=0.2,
+            left=0.075,
+            right=0.985,
+            top=1 - gap / height,
+            bottom=foot / height,
+        )
         top = figure.add_subplot(grid[0, :])
         _draw_entropy(top, rows)
+        _add_samples_axis(top, rows, labelled=True)
         for place, panel in enumerate(panels):
             axes = figure.add_subplot(grid[1 + place // 2, place % 2], sharex=top)
             _draw_panel(axes, panel, rows)
             axes.set_xlabel("step" if place >= len(panels) - 2 else "")
             _add_samples_axis(axes, rows, labelled=False)
-        _add_samples_axis(top, rows, labelled=True)
-        figure.get_layout_engine().set(h_pad=0.09, w_pad=0.09)  # type: ignore[union-attr]
         figure.savefig(path, dpi=140, facecolor="white")
 
 
@@ -198,10 +212,11 @@ def _draw_entropy(axes: Axes, rows: Rows) -> None:
     if len(low) and len(low) == len(high):
         axes.fill_between(steps, low, high, color=_BLUE, alpha=0.13, linewidth=0, label="band")
     axes.plot(*column(rows, "target"), color=_TARGET, linestyle=(0, (5, 3)), linewidth=1.3, label="target")
-    axes.plot(*column(rows, "entropy"), color=_BLUE, linewidth=2.0, label="measured")
+    steps, entropy = column(rows, "entropy")
+    axes.plot(steps, entropy, color=_BLUE, linewidth=2.0, label="measured", marker="o" if len(steps) == 1 else None)
     steps, bypassed = column(rows, "bypassed")
     marks = steps[bypassed > 0]
-    if len(marks):
+    if len(marks) and len(entropy):
         axes.plot(marks, np.interp(marks, *column(rows, "entropy")), "o", ms=3, color=_ORANGE, label="control bypassed")
     axes.set_title("Entropy")
     axes.set_ylabel("nats per token")
@@ -248,8 +263,8 @@ def _legend_above(axes: Axes) -> None:
         labels,
         ncols=len(labels),
         loc="lower right",
-        bbox_to_anchor=(1.01, 1.11),
-        borderaxespad=0.0,
+        bbox_to_anchor=(1.01, 1.0),
+        borderaxespad=1.9,  # in units of the font size: clear of the upper axis
         handlelength=1.4,
         columnspacing=1.1,
     )

@@ -185,7 +185,7 @@ def _spoken(name: str) -> str:
 def _shown(value: Any) -> str:
     """A number as one reads it: integers whole, others to four figures, nothing as a dash."""
     if value is None or (isinstance(value, float) and not math.isfinite(value)):
-        return "–"
+        return "-"
     if isinstance(value, str):
         return value
     if float(value).is_integer() and abs(value) < 1e15:

@@ -32,7 +32,7 @@ summary { cursor: pointer; font-weight: 600; margin: 1.5rem 0 .5rem; }
 """
 
 REPORT_PAGE = (
-    _HEAD.replace("TITLE", "{{ name }} – Entrocraft")
+    _HEAD.replace("TITLE", "{{ name }} - Entrocraft")
     + """<h1>{{ name }}</h1>
 <p class="quiet">Entropy held to a schedule by choosing which rollouts the policy learns from.</p>
 <div class="numbers" id="summary">
@@ -70,8 +70,8 @@ REPORT_PAGE = (
 <div class="wide"><table id="events">
 <tr><th>kind</th><th class="text">what</th></tr>
 {% for event in events %}
-<tr><td>{{ event.kind }}</td><td class="text">{% for key, value in event.items() if key != "kind" %}{{ key }} =
-{{ value }}{{ ", " if not loop.last }}{% endfor %}</td></tr>
+<tr><td>{{ event.kind }}</td><td class="text">{% for key, value in event.items() if key != "kind" %}
+{{ key }} = {{ value }}{{ ", " if not loop.last }}{% endfor %}</td></tr>
 {% endfor %}
 </table></div>
 {% else %}
@@ -102,7 +102,7 @@ REPORT_PAGE = (
 )
 
 COMPARE_PAGE = (
-    _HEAD.replace("TITLE", "Comparison – Entrocraft")
+    _HEAD.replace("TITLE", "Comparison - Entrocraft")
     + """<h1>{{ arms | length }} runs</h1>
 <p class="quiet">{{ arms | join(" · ") }}</p>
 <img alt="Curves of the runs" src="{{ picture }}">
