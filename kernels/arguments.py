@@ -106,7 +106,8 @@ class _SecondDerivative(torch.autograd.Function):
     def backward(ctx, *_):
         raise RuntimeError(
             f"{ctx.name} has no second derivative: its backward is a fused computation. For a double backward "
-            f"(gradient penalty, Hessian-vector product) use {ctx.name}_reference, or call backward without create_graph=True"
+            f"(gradient penalty, Hessian-vector product) use {ctx.name}_reference, or call backward without "
+            "create_graph=True"
         )
 
 

@@ -168,7 +168,7 @@ def _scale_and_softcap(config: Any) -> tuple[float, float | None]:
             if getattr(text, attribute, None) not in (None, 1, 1.0):
                 raise ValueError(
                     f"config.{attribute} is {getattr(text, attribute)} in the unknown model type {model_type!r}: "
-                    "whether it multiplies or divides is not known; add it to LOGIT_SCALES after looking at the model's code"
+                    "whether it multiplies or divides is not known; look at the model's code and add it to LOGIT_SCALES"
                 )
     softcap = getattr(text, "final_logit_softcapping", None)
     return scale, None if softcap is None else float(softcap)

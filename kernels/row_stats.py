@@ -37,7 +37,7 @@ from torch import Tensor
 
 # exp(-1e4) is 0 in fp64 as well; small enough a number that coefficient * U_MIN stays finite.
 U_MIN = -1.0e4
-# A part of a row in which every logit is -inf gets this finite maximum, so that merging it multiplies by exp(-1e30) = 0.
+# A part of a row in which every logit is -inf gets this finite maximum: merging scales it by exp(-1e30) = 0.
 MAX_FLOOR = -1.0e30
 
 # Rows of the sums tensor [K, T]; K = 4, or 6 with the collision sums.

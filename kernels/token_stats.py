@@ -59,6 +59,10 @@ class TokenStats:
         """The tokens picked by an int64 index or a bool mask; gradients flow back to the picked ones."""
         return self._map(lambda field: field[index_T])
 
+    def to(self, device: torch.device | str) -> TokenStats:
+        """The same numbers on another device."""
+        return self._map(lambda field: field.to(device))
+
     @staticmethod
     def cat(parts: Sequence[TokenStats]) -> TokenStats:
         """The tokens of all parts, in order. ValueError when there is none or only some have collision fields."""
