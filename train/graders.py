@@ -20,7 +20,7 @@ Reward = Callable[[str, str, str], float | None]
 _NUMBER = r"-?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?|-?\.\d+"
 _PLAIN_NUMBER = re.compile(rf"[$€£]?(?:{_NUMBER})\s*%?")
 _LATEX_COMMAND = re.compile(r"\\[a-zA-Z(\[]|\$\$")
-_BOX = re.compile(r"\\f?boxed\s*\{")
+_BOX = re.compile(r"\\(?:boxed|fbox)\s*\{")
 _SUM = re.compile(r"(0|[1-9][0-9]*)\+(0|[1-9][0-9]*)")
 
 
