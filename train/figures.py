@@ -1,4 +1,4 @@
-"""The figures of a run and of several runs side by side, drawn from the rows of `metrics.jsonl`.
+"""The curves of one run, drawn from the rows of `metrics.jsonl`, and what all our figures share.
 
 Matplotlib's object interface is used throughout, never pyplot: no global state, no display, no window.
 """
@@ -15,11 +15,10 @@ import matplotlib as mpl
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
 
 Rows = Sequence[Mapping[str, Any]]
 
-_STYLE: dict[Any, Any] = {
+STYLE: dict[Any, Any] = {
     "font.size": 9.0,
     "axes.titlesize": 10.0,
     "axes.titleweight": "bold",
@@ -40,9 +39,8 @@ _STYLE: dict[Any, Any] = {
     "lines.solid_capstyle": "round",
 }
 # Okabe and Ito's palette, which readers who see few colours can tell apart; its yellow is too pale for lines.
-_BLUE, _ORANGE, _GREEN, _PINK, _SKY, _GREY = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#8A8A8A"
-_CYCLE = (_ORANGE, _BLUE, _GREEN, _PINK, _SKY, "#333333")
-_TARGET = "#222222"
+BLUE, ORANGE, GREEN, PINK, SKY, GREY = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#8A8A8A"
+TARGET_COLOUR = "#222222"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -140,7 +138,7 @@ def plot_run(rows: Rows, path: str | Path) -> None:
     # is placed by hand too, above the upper axis.
     gap, foot = 0.95, 0.55
     height = sum(heights) + gap * len(heights) + foot
-    with mpl.rc_context(_STYLE | {"axes.titley": 1.0, "axes.titlepad": 22.0}):
+    with mpl.rc_context(STYLE | {"axes.titley": 1.0, "axes.titlepad": 22.0}):
         figure = Figure(figsize=(11, height))
         grid = figure.add_gridspec(
             1 + below,
@@ -155,93 +153,51 @@ def plot_run(rows: Rows, path: str | Path) -> None:
         )
         top = figure.add_subplot(grid[0, :])
         _draw_entropy(top, rows)
-        _add_samples_axis(top, rows, labelled=True)
+        add_samples_axis(top, rows, labelled=True)
         for place, panel in enumerate(panels):
             axes = figure.add_subplot(grid[1 + place // 2, place % 2], sharex=top)
             _draw_panel(axes, panel, rows)
             axes.set_xlabel("step" if place >= len(panels) - 2 else "")
-            _add_samples_axis(axes, rows, labelled=False)
+            add_samples_axis(axes, rows, labelled=False)
         figure.savefig(path, dpi=140, facecolor="white")
-
-
-def plot_arms(arms: Mapping[str, Rows], path: str | Path, title: str) -> None:
-    """Draw several runs on top of each other into a PNG: entropy against target, reward, diversity, kept.
-
-    Made to be read at a width of 900 pixels; the file has twice that. An arm called `none` is grey.
-
-    Raises ValueError if there is no arm, or one without rows.
-    """
-    if not arms:
-        raise ValueError("arms is empty: expected {name: rows of metrics.jsonl}")
-    empty = [name for name, rows in arms.items() if not rows]
-    if empty:
-        raise ValueError(f"arms {empty} have no rows; run them first")
-    colours = arm_colours(list(arms))
-    side = _arm_panels(arms)
-    with mpl.rc_context(_STYLE):
-        figure = Figure(figsize=(9.0, 4.9), layout="constrained")
-        grid = figure.add_gridspec(max(1, len(side)), 2, width_ratios=[1.65, 1.0])
-        main = figure.add_subplot(grid[:, 0])
-        _draw_arm_entropies(main, arms, colours)
-        for place, (key, heading) in enumerate(side):
-            axes = figure.add_subplot(grid[place, 1], sharex=main)
-            for name, rows in arms.items():
-                _draw_curve(axes, *column(rows, key), key, colours[name])
-            axes.set_title(heading)
-            _start_at_zero(axes)
-            axes.yaxis.set_major_locator(MaxNLocator(4, steps=[1, 2, 5, 10]))
-            if place == len(side) - 1:
-                axes.set_xlabel("step")
-            else:
-                axes.tick_params(labelbottom=False)
-        _add_samples_axis(main, next(iter(arms.values())), labelled=True)
-        figure.suptitle(title, fontsize=12, fontweight="bold", x=0.01, ha="left")
-        figure.get_layout_engine().set(h_pad=0.06, w_pad=0.08, wspace=0.03)  # type: ignore[union-attr]
-        figure.savefig(path, dpi=200, facecolor="white")
-
-
-def arm_colours(names: Sequence[str]) -> dict[str, str]:
-    """A colour for each arm: grey for `none`, the palette in turn for the others."""
-    others = [name for name in names if name != "none"]
-    return {"none": _GREY} | {name: _CYCLE[place % len(_CYCLE)] for place, name in enumerate(others)}
 
 
 def _draw_entropy(axes: Axes, rows: Rows) -> None:
     steps, low = column(rows, "band_low")
     _, high = column(rows, "band_high")
     if len(low) and len(low) == len(high):
-        axes.fill_between(steps, low, high, color=_BLUE, alpha=0.13, linewidth=0, label="band")
-    axes.plot(*column(rows, "target"), color=_TARGET, linestyle=(0, (5, 3)), linewidth=1.3, label="target")
+        axes.fill_between(steps, low, high, color=BLUE, alpha=0.13, linewidth=0, label="band")
+    axes.plot(*column(rows, "target"), color=TARGET_COLOUR, linestyle=(0, (5, 3)), linewidth=1.3, label="target")
     steps, entropy = column(rows, "entropy")
-    axes.plot(steps, entropy, color=_BLUE, linewidth=2.0, label="measured", marker="o" if len(steps) == 1 else None)
+    axes.plot(steps, entropy, color=BLUE, linewidth=2.0, label="measured", marker="o" if len(steps) == 1 else None)
     steps, bypassed = column(rows, "bypassed")
     marks = steps[bypassed > 0]
     if len(marks) and len(entropy):
-        axes.plot(marks, np.interp(marks, *column(rows, "entropy")), "o", ms=3, color=_ORANGE, label="control bypassed")
+        axes.plot(marks, np.interp(marks, *column(rows, "entropy")), "o", ms=3, color=ORANGE, label="control bypassed")
     axes.set_title("Entropy")
     axes.set_ylabel("nats per token")
     axes.set_xlabel("step")
-    _start_at_zero(axes)
+    start_at_zero(axes)
     _legend_above(axes)
 
 
 def _draw_panel(axes: Axes, panel: Panel, rows: Rows) -> None:
-    for (name, label), colour in zip(panel.lines, (_BLUE, _ORANGE, _GREEN, _PINK), strict=False):
+    for (name, label), colour in zip(panel.lines, (BLUE, ORANGE, GREEN, PINK), strict=False):
         steps, values = column(rows, name)
         if not len(steps):
             continue
-        _draw_curve(axes, steps + (name in panel.shifted), values, name, colour, label)
+        draw_curve(axes, steps + (name in panel.shifted), values, name, colour, label)
     axes.set_title(panel.title)
     axes.set_ylabel(panel.unit)
     if panel.from_zero:
-        _start_at_zero(axes)
+        start_at_zero(axes)
     else:
         axes.axhline(0.0, color="#bbbbbb", linewidth=0.8)
     if len(axes.get_legend_handles_labels()[1]) > 1:
         _legend_above(axes)
 
 
-def _draw_curve(axes: Axes, steps: np.ndarray, values: np.ndarray, name: str, colour: str, label: str = "") -> None:
+def draw_curve(axes: Axes, steps: np.ndarray, values: np.ndarray, name: str, colour: str, label: str = "") -> None:
     """Evaluations as points; what is measured at every step as a faint line under its moving average."""
     if name.startswith("eval_") or len(steps) == 1:
         axes.plot(steps, values, color=colour, label=label, marker="o", ms=3.5)
@@ -250,7 +206,7 @@ def _draw_curve(axes: Axes, steps: np.ndarray, values: np.ndarray, name: str, co
     axes.plot(steps, moving_average(values, len(values) // 20), color=colour, label=label)
 
 
-def _start_at_zero(axes: Axes) -> None:
+def start_at_zero(axes: Axes) -> None:
     top = axes.dataLim.y1
     axes.set_ylim(0.0, top * 1.06 if math.isfinite(top) and top > 0 else 1.0)
 
@@ -270,52 +226,7 @@ def _legend_above(axes: Axes) -> None:
     )
 
 
-def _arm_panels(arms: Mapping[str, Rows]) -> list[tuple[str, str]]:
-    """(metric, title) of the small panels: those that at least one arm can fill."""
-
-    def known(name: str) -> bool:
-        return any(len(column(rows, name)[0]) for rows in arms.values())
-
-    score = ("accuracy", "Accuracy") if known("accuracy") else ("reward", "Reward")
-    wanted = (
-        score,
-        ("eval_distinct_correct", "Distinct right answers"),
-        ("kept_fraction", "Fraction of rollouts kept"),
-    )
-    return [panel for panel in wanted if known(panel[0])]
-
-
-def _draw_arm_entropies(axes: Axes, arms: Mapping[str, Rows], colours: Mapping[str, str]) -> None:
-    targets = {name: column(rows, "target") for name, rows in arms.items()}
-    targets = {name: target for name, target in targets.items() if len(target[0])}
-    shared = bool(targets) and all(_same_curve(target, next(iter(targets.values()))) for target in targets.values())
-    for place, (name, (steps, values)) in enumerate(targets.items()):
-        if shared and place:
-            continue
-        axes.plot(
-            steps,
-            values,
-            color=_TARGET if shared else colours[name],
-            linestyle=(0, (5, 3)),
-            linewidth=1.4,
-            label="target" if shared else f"target of {name}",
-            zorder=3,
-        )
-    for name, rows in arms.items():
-        axes.plot(*column(rows, "entropy"), color=colours[name], linewidth=2.0, label=name)
-    axes.set_title("Entropy of the policy")
-    axes.set_ylabel("nats per token")
-    axes.set_xlabel("step")
-    _start_at_zero(axes)
-    axes.legend(loc="best", fontsize=10)
-
-
-def _same_curve(one: tuple[np.ndarray, np.ndarray], other: tuple[np.ndarray, np.ndarray]) -> bool:
-    steps = np.intersect1d(one[0], other[0])
-    return bool(np.allclose(np.interp(steps, *one), np.interp(steps, *other), rtol=0.0, atol=1e-3))
-
-
-def _add_samples_axis(axes: Axes, rows: Rows, *, labelled: bool) -> None:
+def add_samples_axis(axes: Axes, rows: Rows, *, labelled: bool) -> None:
     """A second x-axis on top that counts training samples. Left out if the run did not record them."""
     steps, samples = column(rows, "samples")
     if len(steps) < 2 or np.any(np.diff(samples) <= 0):

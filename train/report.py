@@ -15,7 +15,8 @@ from typing import Any
 
 import jinja2
 
-from entrocraft.train.figures import Rows, column, plot_arms, plot_run
+from entrocraft.train.arms_figure import plot_arms
+from entrocraft.train.figures import Rows, column, plot_run
 from entrocraft.train.metrics import METRICS_FILE, read_events, read_metrics
 from entrocraft.train.report_page import COMPARE_PAGE, REPORT_PAGE
 
