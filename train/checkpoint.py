@@ -1,0 +1,134 @@
+"""Checkpoints that are whole or are not there.
+
+A checkpoint is written into a folder beside its place, synced to disk, given a completion mark with the size of every
+file, and renamed; a folder without a mark, or whose files do not match it, is ignored. Tensors are stored by
+`torch.distributed.checkpoint`; everything else that decides the next step is JSON.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import time
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed.checkpoint as dcp
+from torch import nn
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+
+_MARK = "COMPLETE.json"
+_STATE = "state.json"
+
+
+def model_fingerprint(model: nn.Module) -> str:
+    """A short digest of the names, shapes and types of all parameters: two models that differ in it cannot share weights."""
+    described = [f"{name} {tuple(p.shape)} {p.dtype}" for name, p in sorted(model.named_parameters())]
+    return hashlib.sha256("\n".join(described).encode()).hexdigest()[:16]
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _write_json(path: Path, content: object) -> None:
+    with path.open("w") as file:
+        json.dump(content, file, indent=1)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+@contextmanager
+def _one_process() -> Iterator[None]:
+    """Hides the library's remark that there is no process group; one process is what is meant."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
+        yield
+
+
+def is_whole(folder: Path) -> bool:
+    """Whether the completion mark is there and every file has the size it had when the mark was written."""
+    try:
+        sizes = json.loads((folder / _MARK).read_text())["bytes"]
+        return all((folder / name).stat().st_size == size for name, size in sizes.items())
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return False
+
+
+class CheckpointFolder:
+    """The checkpoints of one run, in `run_dir/checkpoints/step_000123`."""
+
+    def __init__(self, run_dir: Path, *, keep: int) -> None:
+        self.root = run_dir / "checkpoints"
+        self.keep = keep
+
+    def whole(self) -> list[Path]:
+        """Whole checkpoints, oldest first."""
+        return sorted(folder for folder in self.root.glob("step_*") if folder.suffix == "" and is_whole(folder))
+
+    def broken(self) -> list[Path]:
+        """Folders that look like checkpoints and are not whole: a write that was cut off, or files that were changed."""
+        return sorted(folder for folder in self.root.glob("step_*") if folder.suffix != "" or not is_whole(folder))
+
+    def save(self, step: int, model: nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> Path:
+        """Writes one checkpoint and removes all but the newest `keep`. `state` must be JSON-able.
+
+        The optimizer must have made at least one step or hold no state yet. Raises OSError when the disk is full or not
+        writable; older checkpoints are untouched then.
+        """
+        place = self.root / f"step_{step:06d}"
+        aside = self.root / f"step_{step:06d}.writing-{os.getpid()}-{time.time_ns()}"
+        aside.mkdir(parents=True)
+        try:
+            weights, moments = get_state_dict(model, optimizer)
+            tensors = {"model": weights, "optimizer": moments, "torch_rng": torch.get_rng_state()}
+            with _one_process():
+                dcp.save(tensors, checkpoint_id=aside, no_dist=True)
+            _write_json(aside / _STATE, {**state, "step": step, "model_fingerprint": model_fingerprint(model)})
+            sizes = {file.name: file.stat().st_size for file in aside.iterdir()}
+            for name in sizes:
+                _sync(aside / name)
+            _write_json(aside / _MARK, {"bytes": sizes})
+            _sync(aside)
+            if place.exists():
+                shutil.rmtree(place)
+            aside.rename(place)
+            _sync(self.root)
+        except BaseException:
+            shutil.rmtree(aside, ignore_errors=True)
+            raise
+        for old in self.whole()[: -self.keep]:
+            shutil.rmtree(old)
+        return place
+
+    def load_newest(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any] | None:
+        """Loads the newest whole checkpoint into model and optimizer; returns its state, or None when there is none.
+
+        Raises ValueError when it belongs to a model with other parameters.
+        """
+        whole = self.whole()
+        if not whole:
+            return None
+        folder = whole[-1]
+        state = json.loads((folder / _STATE).read_text())
+        if state["model_fingerprint"] != model_fingerprint(model):
+            raise ValueError(
+                f"{folder} holds another model (fingerprint {state['model_fingerprint']}, this one is "
+                f"{model_fingerprint(model)}): names, shapes or types of parameters differ. Resume with the model it was "
+                "written by, or choose another run_dir"
+            )
+        weights, moments = get_state_dict(model, optimizer)
+        tensors = {"model": weights, "optimizer": moments, "torch_rng": torch.get_rng_state()}
+        with _one_process():
+            dcp.load(tensors, checkpoint_id=folder, no_dist=True)
+        set_state_dict(model, optimizer, model_state_dict=tensors["model"], optim_state_dict=tensors["optimizer"])
+        torch.set_rng_state(tensors["torch_rng"])
+        return state

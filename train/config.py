@@ -1,0 +1,352 @@
+"""Every setting of a run, as frozen dataclasses.
+
+The line under each field is its documentation and its `--help`. Nothing overwrites a given value later; derived numbers are
+properties. `config_reader.py` fills these from files and the command line.
+"""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+
+def _require(condition: bool, name: str, value: object, expected: str) -> None:
+    if not condition:
+        raise ValueError(f"{name} = {value!r}: expected {expected}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TinyModelConfig:
+    """A byte-level Qwen3 built on the spot with random weights, for trying things without a download."""
+
+    hidden_size: int = 96
+    """Width of the residual stream."""
+    layers: int = 3
+    """Transformer blocks."""
+    heads: int = 4
+    """Query heads; the number of key-value heads is half of it."""
+    mlp_size: int = 256
+    """Width of the feed-forward layer."""
+    context: int = 2048
+    """Most tokens a sequence may have, prompt and response together."""
+    tied: bool = True
+    """Whether the LM head shares the embedding's weight."""
+
+    def __post_init__(self) -> None:
+        for name in ("hidden_size", "layers", "heads", "mlp_size", "context"):
+            _require(getattr(self, name) > 0, f"model.tiny.{name}", getattr(self, name), "a positive number")
+        _require(
+            self.heads % 2 == 0,
+            "model.tiny.heads",
+            self.heads,
+            "an even number (two query heads share one key)",
+        )
+        _require(
+            self.hidden_size % (2 * self.heads) == 0,
+            "model.tiny.hidden_size",
+            self.hidden_size,
+            f"a multiple of 2 x model.tiny.heads = {2 * self.heads}",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """The policy that is trained."""
+
+    path: str | None = None
+    """Folder or hub id of a Hugging Face causal LM (safetensors). Leave empty to build `model.tiny`."""
+    tiny: TinyModelConfig = TinyModelConfig()
+    """Shape of the model that is built when `model.path` is empty."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Type of the weights and of the forward pass."""
+    trust_remote_code: bool = False
+    """Whether code shipped with the model may run. Off: a downloaded model cannot execute anything here."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, about a third more time."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Problems and how they become prompts."""
+
+    train: str | None = None
+    """JSONL file with one training problem a line."""
+    eval: str | None = None
+    """JSONL file with held-out problems; without it nothing is evaluated."""
+    prompt_field: str = "prompt"
+    """Field of a line that holds the problem's text."""
+    answer_field: str = "answer"
+    """Field of a line that holds the reference answer."""
+    answer_pattern: str | None = None
+    """Regular expression whose one group extracts the answer from `answer_field`, e.g. '####\\s*(.+)$' for GSM8K."""
+    prompt_template: str = "{prompt}"
+    """Text around the problem; `{prompt}` is replaced."""
+    chat_template: bool = False
+    """Render the prompt as a user turn with the tokenizer's chat template."""
+    max_prompt_tokens: int = 1024
+    """Longest prompt, in tokens."""
+    on_long: Literal["error", "drop"] = "error"
+    """What to do with a longer prompt: stop, or drop the problem and count it."""
+    limit: int | None = None
+    """Use only the first so many problems of each file."""
+
+    def __post_init__(self) -> None:
+        _require(
+            "{prompt}" in self.prompt_template,
+            "data.prompt_template",
+            self.prompt_template,
+            "a text with {prompt}",
+        )
+        _require(self.max_prompt_tokens > 0, "data.max_prompt_tokens", self.max_prompt_tokens, "a positive number")
+        _require(self.limit is None or self.limit > 0, "data.limit", self.limit, "a positive number, or nothing")
+
+
+@dataclass(frozen=True, kw_only=True)
+class BatchConfig:
+    """The four batch numbers. There are no others; what follows from them is printed when a run starts."""
+
+    prompts_per_step: int = 32
+    """P: prompts sampled each step."""
+    samples_per_prompt: int = 8
+    """G: rollouts per prompt. R = P x G rollouts a step."""
+    updates_per_step: int = 1
+    """Optimizer updates made from one step's rollouts; each takes an equal share of the prompts."""
+    tokens_per_microbatch: int = 16384
+    """Most tokens (prompt, response and padding) in one forward and backward pass. Changes memory and speed, never results."""
+
+    def __post_init__(self) -> None:
+        for name in ("prompts_per_step", "samples_per_prompt", "updates_per_step", "tokens_per_microbatch"):
+            _require(getattr(self, name) > 0, f"batch.{name}", getattr(self, name), "a positive number")
+        _require(
+            self.prompts_per_step % self.updates_per_step == 0,
+            "batch.updates_per_step",
+            self.updates_per_step,
+            f"a divisor of batch.prompts_per_step = {self.prompts_per_step}, so that all updates weigh the same",
+        )
+
+    @property
+    def rollouts_per_step(self) -> int:
+        """R, rollouts a step."""
+        return self.prompts_per_step * self.samples_per_prompt
+
+    @property
+    def rollouts_per_update(self) -> int:
+        """Rollouts that one optimizer update sees in one pass."""
+        return self.rollouts_per_step // self.updates_per_step
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingConfig:
+    """How rollouts are drawn from the policy."""
+
+    max_response_tokens: int = 1024
+    """Longest response; a rollout that reaches it without an end mark is truncated."""
+    temperature: float = 1.0
+    """Logits are divided by it, in sampling and in scoring alike. Entropy is measured at this temperature."""
+    top_p: float = 1.0
+    """Nucleus sampling; 1 is off, as training needs the whole distribution."""
+    top_k: int = 0
+    """Sample among the k likeliest tokens; 0 is off."""
+    rollouts_per_batch: int = 256
+    """Rollouts generated at once (memory of the key-value cache)."""
+
+    def __post_init__(self) -> None:
+        _require(
+            self.max_response_tokens > 0,
+            "sampling.max_response_tokens",
+            self.max_response_tokens,
+            "a positive number",
+        )
+        _require(
+            self.temperature > 0,
+            "sampling.temperature",
+            self.temperature,
+            "a number above 0 (greedy decoding cannot be trained on)",
+        )
+        _require(0 < self.top_p <= 1, "sampling.top_p", self.top_p, "a number in (0, 1]")
+        _require(self.top_k >= 0, "sampling.top_k", self.top_k, "0 or more")
+        _require(
+            self.rollouts_per_batch > 0,
+            "sampling.rollouts_per_batch",
+            self.rollouts_per_batch,
+            "a positive number",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class RewardConfig:
+    """How a rollout is scored."""
+
+    name: str = "math_verify"
+    """`math_verify`, `sum_pair`, or the import path `package.module:function` of your own
+    `(completion, answer, prompt) -> float | None`."""
+    workers: int = 2
+    """Processes that score; each can be killed. 0 scores in this process, without a time limit."""
+    timeout_s: float = 10.0
+    """Seconds one rollout may take; then its worker is killed and the rollout has no verdict."""
+    signed: bool = False
+    """Map scores 0..1 to -1..+1; the rule `switch` needs -1/+1."""
+
+    def __post_init__(self) -> None:
+        _require(self.workers >= 0, "reward.workers", self.workers, "0 or more")
+        _require(self.timeout_s > 0, "reward.timeout_s", self.timeout_s, "a number of seconds above 0")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LossConfig:
+    """Advantages, policy loss and how it is averaged."""
+
+    advantage: str = "grpo"
+    """`grpo`, `dr_grpo` or `rloo`."""
+    clip_low: float = 0.2
+    """PPO: probability ratios below 1 - clip_low stop counting for negative advantages."""
+    clip_high: float = 0.2
+    """PPO: ratios above 1 + clip_high stop counting for positive advantages."""
+    dual_clip: float | None = 3.0
+    """Bound on the loss of a negative advantage, as a multiple of it; empty is off."""
+    aggregation: str = "token_mean"
+    """What the loss is divided by: `token_mean`, `seq_mean_token_sum`, `seq_mean_token_mean`, `seq_mean_token_sum_norm`,
+    `kept_tokens` or `eq5`."""
+    passes: int = 1
+    """Times each rollout is used; above 1 clipping comes into play."""
+
+    def __post_init__(self) -> None:
+        _require(self.passes > 0, "loss.passes", self.passes, "a positive number")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScheduleConfig:
+    """The entropy curve to follow, in nats per token."""
+
+    kind: str = "linear"
+    """`constant`, `linear`, `cosine`, `exponential`, `piecewise`, `oscillate`, or `package.module:function`, called with the
+    number of steps, which returns a function from step to nats."""
+    start: float | Literal["measured"] = "measured"
+    """Entropy at step 0; `measured` takes what the model has when training starts."""
+    end: float = 0.5
+    """Entropy at `steps` and after."""
+    steps: int | None = None
+    """Steps the curve takes; empty: the whole run."""
+    points: list[tuple[int, float]] = field(default_factory=list)
+    """`piecewise`: [step, nats] corners."""
+    period: int = 100
+    """`oscillate`: steps of one full wave around the straight line from start to end."""
+    amplitude: float = 0.1
+    """`oscillate`: height of the wave, nats."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EntropyConfig:
+    """Entropy control."""
+
+    preset: str | None = None
+    """`paper_v1`, `paper_v2` or `paper_code`: sets rule and aggregation as the source has them. Excludes `entropy.rule`."""
+    rule: str | None = None
+    """`none`, `soft`, `hard`, `switch`, `first_order` or `budget`."""
+    level: Literal["sequence", "token"] = "sequence"
+    """`first_order` and `budget`: reject whole rollouts or single tokens."""
+    gamma: float = 10.0
+    """`soft`: steepness of the acceptance probability."""
+    schedule: ScheduleConfig = ScheduleConfig()
+    """The curve."""
+    width: float = 0.1
+    """Width of the band around the curve, nats; inside it the sign rules do nothing."""
+    warmup_steps: int = 0
+    """Steps at the start without control."""
+    min_kept_fraction: float = 0.02
+    """Fewer rollouts kept than this fraction: the step goes uncontrolled, visibly."""
+    min_groups: int = 8
+    """Fewer prompts kept than this (or a quarter of the batch's, if less): the step goes uncontrolled, visibly."""
+
+    def __post_init__(self) -> None:
+        _require(
+            self.preset is None or self.rule is None,
+            "entropy.rule",
+            self.rule,
+            f"nothing beside entropy.preset = {self.preset!r}",
+        )
+        _require(
+            self.width >= 0,
+            "entropy.width",
+            self.width,
+            "0 or more, so that the band's low end is not above its high end",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerConfig:
+    """AdamW and the length of the run."""
+
+    steps: int = 100
+    """Training steps: one batch of rollouts each."""
+    lr: float = 1e-6
+    """Learning rate after warm-up, constant."""
+    warmup_steps: int = 0
+    """Steps over which the learning rate rises from 0."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    """Adam's decay rates."""
+    weight_decay: float = 0.01
+    """Decoupled weight decay."""
+    grad_clip: float = 1.0
+    """Largest gradient norm."""
+    max_bad_updates: int = 3
+    """Stop after so many updates in a row were skipped because loss or gradient was not finite."""
+
+    def __post_init__(self) -> None:
+        _require(self.steps > 0, "optimizer.steps", self.steps, "a positive number")
+        _require(self.lr > 0, "optimizer.lr", self.lr, "a number above 0")
+        _require(self.grad_clip > 0, "optimizer.grad_clip", self.grad_clip, "a number above 0")
+        _require(self.max_bad_updates > 0, "optimizer.max_bad_updates", self.max_bad_updates, "a positive number")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationConfig:
+    """Held-out problems, sampled now and then."""
+
+    every: int = 0
+    """Steps between evaluations; 0: only after the last step."""
+    samples: int = 8
+    """Rollouts per held-out problem; pass@samples is reported."""
+    temperature: float = 1.0
+    """Sampling temperature of the evaluation."""
+
+    def __post_init__(self) -> None:
+        _require(self.every >= 0, "evaluation.every", self.every, "0 or more")
+        _require(self.samples > 0, "evaluation.samples", self.samples, "a positive number")
+        _require(self.temperature > 0, "evaluation.temperature", self.temperature, "a number above 0")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointConfig:
+    """Saving and resuming."""
+
+    every: int = 50
+    """Steps between checkpoints; one is always written at the end and on Ctrl-C."""
+    keep: int = 2
+    """Newest checkpoints kept."""
+
+    def __post_init__(self) -> None:
+        _require(self.every > 0, "checkpoint.every", self.every, "a positive number")
+        _require(self.keep > 0, "checkpoint.keep", self.keep, "a positive number")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """A whole run."""
+
+    run_dir: str = "runs/default"
+    """Folder of everything this run writes."""
+    resume: Literal["auto", "never"] = "never"
+    """`auto` goes on from the newest whole checkpoint in `run_dir`, or starts; `never` refuses a folder that has one."""
+    seed: int = 0
+    """Seed of everything random."""
+    device: str = "auto"
+    """`cpu`, `cuda`, or `auto`: CUDA where there is one."""
+    model: ModelConfig = ModelConfig()
+    data: DataConfig = DataConfig()
+    batch: BatchConfig = BatchConfig()
+    sampling: SamplingConfig = SamplingConfig()
+    reward: RewardConfig = RewardConfig()
+    loss: LossConfig = LossConfig()
+    entropy: EntropyConfig = EntropyConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()

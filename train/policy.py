@@ -1,0 +1,115 @@
+"""The policy: a Hugging Face causal LM, its tokenizer, and the fused head that scores tokens without their logits."""
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils.logging import disable_progress_bar
+
+from entrocraft import Rollouts, TokenStats
+from entrocraft.kernels import FusedHead
+from entrocraft.train.config import ModelConfig
+from entrocraft.train.packing import MicroBatch, pack
+from entrocraft.train.tiny_model import build_tiny_model
+
+
+def choose_device(name: str) -> torch.device:
+    """`auto` is CUDA where there is one, else the CPU. Raises ValueError for a device that is not there."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ValueError(f"device = {name!r}: expected 'auto', 'cpu' or 'cuda'") from None
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"device = {name!r}: no CUDA device here; use --device cpu, or run `entrocraft doctor`")
+    return device
+
+
+class Policy:
+    """Scores tokens under the model at the sampling temperature."""
+
+    def __init__(
+        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, temperature: float, device: torch.device
+    ) -> None:
+        self.model = model.to(device)  # pyright: ignore[reportArgumentType, reportCallIssue]
+        self.tokenizer = tokenizer
+        self.temperature = temperature
+        self.device = device
+        self.head = FusedHead(self.model)
+
+    @classmethod
+    def load(cls, config: ModelConfig, *, temperature: float, device: torch.device, seed: int) -> "Policy":
+        """The model at `config.path` (safetensors only, no remote code unless asked), or the tiny one built from `seed`.
+
+        Raises FileNotFoundError for a local path that does not exist; whatever transformers raises for a bad one.
+        """
+        if config.path is None:
+            model, tokenizer = build_tiny_model(config.tiny, seed)
+            model = model.to(dtype=getattr(torch, config.dtype))
+        else:
+            if config.path.startswith((".", "/", "~")) and not Path(config.path).expanduser().is_dir():
+                raise FileNotFoundError(f"model.path = {config.path!r}: no such folder")
+            remote = config.trust_remote_code
+            tokenizer = AutoTokenizer.from_pretrained(config.path, trust_remote_code=remote)
+            model = AutoModelForCausalLM.from_pretrained(
+                config.path, dtype=getattr(torch, config.dtype), use_safetensors=True, trust_remote_code=remote
+            )
+        if config.gradient_checkpointing:
+            model.gradient_checkpointing_enable()
+        return cls(model, tokenizer, temperature=temperature, device=device)
+
+    @property
+    def eos_ids(self) -> list[int]:
+        """Token ids that end a response: the tokenizer's, and those the model's generation settings add."""
+        ids = {self.tokenizer.eos_token_id, *_as_list(getattr(self.model.generation_config, "eos_token_id", None))}
+        return sorted(i for i in ids if i is not None)
+
+    @property
+    def pad_id(self) -> int:
+        """Token id that fills the left of shorter prompts; masked, so its value never matters."""
+        pad = self.tokenizer.pad_token_id
+        return pad if pad is not None else self.eos_ids[0]
+
+    @property
+    def context(self) -> int:
+        """Most tokens the model can hold, prompt and response together."""
+        return int(self.model.config.max_position_embeddings)
+
+    @property
+    def vocab_size(self) -> int:
+        """V, rows of the LM head."""
+        return int(self.model.get_output_embeddings().weight.shape[0])
+
+    def token_stats(self, batch: MicroBatch, token_T: Tensor, *, collision: bool = False) -> TokenStats:
+        """Statistics of the N response tokens of a micro-batch, differentiable. `token_T` are the rollouts' tokens."""
+        target_N = token_T[batch.token_N].to(self.device)
+        batch = batch.to(self.device)
+        return self.head(
+            target_N,
+            batch.source_N,
+            input_ids=batch.input_BL,
+            position_ids=batch.position_BL,
+            temperature=self.temperature,
+            collision=collision,
+        )
+
+    @torch.no_grad()
+    def score(self, rollouts: Rollouts, tokens_per_microbatch: int) -> TokenStats:
+        """Statistics, collision sums included, of all T response tokens in the rollouts' own order, on the CPU."""
+        self.model.eval()
+        batches = pack(rollouts, range(rollouts.R), tokens_per_microbatch)
+        parts = [self.token_stats(batch, rollouts.token_T, collision=True).to("cpu") for batch in batches]
+        where_T = torch.argsort(torch.cat([batch.token_N for batch in batches]))
+        return TokenStats.cat(parts).index(where_T)
+
+    def save(self, folder: Path) -> None:
+        """Writes a Hugging Face folder (safetensors and tokenizer) that `model.path`, vLLM and transformers load."""
+        disable_progress_bar()
+        self.model.save_pretrained(folder)
+        self.tokenizer.save_pretrained(folder)
+
+
+def _as_list(value: int | list[int] | None) -> list[int | None]:
+    return list(value) if isinstance(value, list) else [value]

@@ -1,0 +1,239 @@
+"""Everything a run holds: what is built once before the first step, and what a checkpoint must bring back."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from entrocraft import Decision, Rollouts, TokenStats
+from entrocraft.advantages import build as build_advantage
+from entrocraft.losses import token_weights
+from entrocraft.train.checkpoint import CheckpointFolder
+from entrocraft.train.config import Config
+from entrocraft.train.config_reader import differences, save_config, to_dict
+from entrocraft.train.control import build_controller
+from entrocraft.train.data import Problem, PromptOrder, drop_long, encode_prompts, load_problems
+from entrocraft.train.metrics import MetricsLog
+from entrocraft.train.policy import Policy, choose_device
+from entrocraft.train.sampling import HuggingFaceEngine
+from entrocraft.train.step import loss_scale, policy_loss
+
+# First entry after the seed of each random stream: what is drawn for one purpose never depends on what another drew.
+SAMPLE, EVALUATE = 1, 2
+
+# Settings that may change when a run goes on: they decide how long, how often and where, not what a step computes.
+_FREE_ON_RESUME = ("run_dir", "resume", "checkpoint.", "evaluation.", "optimizer.steps", "reward.workers")
+
+
+def load_prompts(path: str, policy: Policy, config: Config) -> tuple[list[Problem], list[tuple[int, ...]], int]:
+    """Problems of a file, their prompts as token ids, and how many were dropped as too long.
+
+    Raises ValueError when prompt and response cannot both fit into the model's context.
+    """
+    data = config.data
+    room = policy.context - config.sampling.max_response_tokens
+    if room < 1:
+        raise ValueError(
+            f"sampling.max_response_tokens = {config.sampling.max_response_tokens}: the model's context of "
+            f"{policy.context} tokens has no room left for a prompt; lower it"
+        )
+    problems = load_problems(
+        path,
+        prompt_field=data.prompt_field,
+        answer_field=data.answer_field,
+        prompt_template=data.prompt_template,
+        answer_pattern=data.answer_pattern,
+        limit=data.limit,
+    )
+    encoded = encode_prompts(
+        problems,
+        policy.tokenizer,
+        chat_template=data.chat_template,
+        max_prompt_tokens=min(data.max_prompt_tokens, room),
+        on_long=data.on_long,
+    )
+    kept, prompts, dropped = drop_long(problems, encoded)
+    return kept, prompts, len(dropped)
+
+
+class Run:
+    """One training run on one process."""
+
+    def __init__(self, config: Config) -> None:
+        if config.data.train is None:
+            raise ValueError("data.train is empty: give a JSONL file, e.g. --data.train problems.jsonl")
+        self.config = config
+        self.dir = Path(config.run_dir)
+        self.checkpoints = CheckpointFolder(self.dir, keep=config.checkpoint.keep)
+        self._refuse_or_compare()
+        torch.manual_seed(config.seed)
+        device = choose_device(config.device)
+        self.policy = Policy.load(
+            config.model, temperature=config.sampling.temperature, device=device, seed=config.seed
+        )
+        self.engine = HuggingFaceEngine(
+            self.policy.model, config.sampling, eos_ids=self.policy.eos_ids, pad_id=self.policy.pad_id
+        )
+        self.problems, self.prompts, self.dropped = load_prompts(config.data.train, self.policy, config)
+        self.order = PromptOrder(len(self.problems), config.seed)
+        if config.batch.prompts_per_step > len(self.problems):
+            raise ValueError(
+                f"batch.prompts_per_step = {config.batch.prompts_per_step}: {config.data.train} has only "
+                f"{len(self.problems)} usable problems; lower it or give more"
+            )
+        self.held_out, self.held_out_prompts = [], []
+        if config.data.eval is not None:
+            self.held_out, self.held_out_prompts, _ = load_prompts(config.data.eval, self.policy, config)
+        self.advantage = build_advantage(config.loss.advantage)
+        self.controller, self.aggregation = build_controller(config, vocab_size=self.policy.vocab_size)
+        self.optimizer = torch.optim.AdamW(
+            self.policy.model.parameters(),
+            lr=config.optimizer.lr,
+            betas=config.optimizer.betas,
+            weight_decay=config.optimizer.weight_decay,
+        )
+        self.step = 0
+        self.samples = 0
+        self.bad_in_a_row = 0
+
+    def _refuse_or_compare(self) -> None:
+        whole = self.checkpoints.whole()
+        if not whole:
+            return
+        if self.config.resume == "never":
+            raise ValueError(
+                f"run_dir = {self.config.run_dir!r} already holds a run ({whole[-1].name}); go on with --resume auto, or "
+                "choose another run_dir"
+            )
+        old = yaml.safe_load((self.dir / "config.yaml").read_text())
+        changed = [line for line in differences(old, to_dict(self.config)) if not line.startswith(_FREE_ON_RESUME)]
+        if changed:
+            raise ValueError(
+                f"cannot resume {self.config.run_dir!r} with other settings, the curves would not be of one run: "
+                f"{'; '.join(changed)}. Restore them, or choose another run_dir"
+            )
+
+    def resume(self) -> int | None:
+        """Loads the newest whole checkpoint, if any, and returns its step."""
+        state = self.checkpoints.load_newest(self.policy.model, self.optimizer)
+        if state is None:
+            return None
+        self.step, self.samples, self.bad_in_a_row = state["step"], state["samples"], state["bad_in_a_row"]
+        self.order.load_state_dict(state["order"])
+        self.controller.load_state_dict(state["controller"])
+        return self.step
+
+    def begin(self) -> None:
+        """Creates the run's folder and writes the resolved configuration into it."""
+        self.dir.mkdir(parents=True, exist_ok=True)
+        save_config(self.config, self.dir / "config.yaml")
+
+    def save(self) -> Path:
+        """Writes a checkpoint of the present state."""
+        state: dict[str, Any] = {
+            "samples": self.samples,
+            "bad_in_a_row": self.bad_in_a_row,
+            "order": self.order.state_dict(),
+            "controller": self.controller.state_dict(),
+        }
+        return self.checkpoints.save(self.step, self.policy.model, self.optimizer, state)
+
+    def set_learning_rate(self) -> float:
+        """Sets and returns the learning rate of the present step: linear warm-up from 0, then constant."""
+        optimizer = self.config.optimizer
+        lr = optimizer.lr * min(1.0, self.step / max(optimizer.warmup_steps, 1))
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        return lr
+
+    def decide(self, rollouts: Rollouts, stats: TokenStats, reward_R: torch.Tensor) -> Decision:
+        """Advantages, then the controller's verdict on every rollout.
+
+        The predicted entropy change uses the gradient of the loss that is about to be taken, at the scored policy.
+        """
+        advantage_R = self.advantage(reward_R, rollouts.group_R)
+        advantage_T = advantage_R[rollouts.rollout_T]
+        loss = policy_loss(self.config)
+        weight_T = token_weights(
+            rollouts.rollout_T,
+            rollouts.mask_T,
+            rollouts.group_R,
+            aggregation=self.aggregation,
+            advantage_R=advantage_R,
+            scale=loss_scale(self.aggregation, self.config, rollouts.R),
+        )
+        return self.controller.decide(
+            step=self.step,
+            stats=stats,
+            rollout_T=rollouts.rollout_T,
+            group_R=rollouts.group_R,
+            advantage_R=advantage_R,
+            reward_R=reward_R,
+            mask_T=rollouts.mask_T,
+            loss_fn=lambda logprob_T: (weight_T * loss(logprob_T, stats.logprob_T, advantage_T)).sum(),
+            temperature=self.config.sampling.temperature,
+        )
+
+    def evaluation_options(self) -> dict[str, Any]:
+        """Keyword arguments of `evaluate` for the present step."""
+        return {
+            "samples": self.config.evaluation.samples,
+            "temperature": self.config.evaluation.temperature,
+            "tokens_per_microbatch": self.config.batch.tokens_per_microbatch,
+            "stream": (self.config.seed, EVALUATE, self.step),
+        }
+
+    def skip_step(self, rollouts: Rollouts, reward_R: torch.Tensor, reason: str, log: MetricsLog) -> None:
+        """Leaves the rest of a step out: counts it, writes an event, and the batch to `bad_batches/` for inspection.
+
+        `torch.load(path, weights_only=True)` reads the batch back.
+        """
+        self.optimizer.zero_grad(set_to_none=True)
+        self.bad_in_a_row += 1
+        path = self.dir / "bad_batches" / f"step_{self.step:06d}.pt"
+        path.parent.mkdir(exist_ok=True)
+        batch = {name: getattr(rollouts, name) for name in ("token_T", "rollout_T", "mask_T", "group_R", "sample_R")}
+        torch.save({**batch, "prompts": rollouts.prompts, "reward_R": reward_R, "reason": reason}, path)
+        log.event("step_skipped", step=self.step, reason=reason, batch=str(path))
+
+    def stop_for_bad_steps(self) -> None:
+        """Raises ArithmeticError: too many steps in a row could not be trained on."""
+        raise ArithmeticError(
+            f"{self.bad_in_a_row} steps in a row had a loss, gradient or score that is not a number, the last at step "
+            f"{self.step}; their batches are in {self.dir / 'bad_batches'}. No checkpoint holds these steps' weights "
+            "unless checkpoint.every fell among them. Lower optimizer.lr or look at the data, then --resume auto"
+        )
+
+    def batch_table(self) -> list[tuple[str, str]]:
+        """What follows from the four batch numbers, in words."""
+        batch, loss, steps = self.config.batch, self.config.loss, self.config.optimizer.steps
+        epochs = steps * batch.prompts_per_step / len(self.problems)
+        longest = self.config.sampling.max_response_tokens
+        return [
+            (
+                "rollouts a step",
+                f"{batch.prompts_per_step} prompts x {batch.samples_per_prompt} = {batch.rollouts_per_step}",
+            ),
+            (
+                "optimizer updates a step",
+                f"{batch.updates_per_step} x {loss.passes} = {batch.updates_per_step * loss.passes}",
+            ),
+            ("rollouts an update", f"{batch.rollouts_per_update}"),
+            ("response tokens a step", f"at most {batch.rollouts_per_step * longest:,}"),
+            ("tokens a forward pass", f"at most {batch.tokens_per_microbatch:,}"),
+            (
+                "steps",
+                f"{steps}, {steps * batch.rollouts_per_step:,} training samples, {epochs:.1f} passes over the prompts",
+            ),
+            (
+                "problems",
+                f"{len(self.problems)} to train on, {len(self.held_out)} held out, {self.dropped} dropped as too long",
+            ),
+        ]
+
+
+def finite(stats: TokenStats) -> bool:
+    """Whether log-probabilities and entropies are all numbers."""
+    return bool(torch.isfinite(stats.logprob_T).all()) and math.isfinite(stats.entropy_T.sum().item())

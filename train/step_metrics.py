@@ -1,0 +1,59 @@
+"""What is counted about a step besides what its parts report themselves."""
+
+import math
+import statistics
+import time
+
+import torch
+
+from entrocraft import Rollouts
+from entrocraft.train.metrics import MetricsLog
+from entrocraft.train.rewards import RewardBatch
+from entrocraft.train.run import Run
+
+
+class Clock:
+    """Wall-clock seconds of the phases of a step."""
+
+    def __init__(self) -> None:
+        self.started = self.last = time.perf_counter()
+        self.laps: dict[str, float] = {}
+
+    def lap(self, phase: str) -> None:
+        """Ends a phase, which began where the one before it ended."""
+        now = time.perf_counter()
+        self.laps[f"seconds_{phase}"] = now - self.last
+        self.last = now
+
+    def metrics(self, tokens: int) -> dict[str, float]:
+        """Seconds by phase and in all, and response tokens per second of the whole step."""
+        seconds = self.last - self.started
+        return {**self.laps, "seconds": seconds, "tokens_per_second": tokens / seconds}
+
+
+def batch_metrics(run: Run, rollouts: Rollouts, rewards: RewardBatch) -> dict[str, float]:
+    """Rewards, lengths and counts of one batch of rollouts. Reward means are over the rollouts with a verdict."""
+    reward_R = rewards.reward_R
+    verdicts = reward_R[~reward_R.isnan()].tolist()
+    groups = [reward_g[~reward_g.isnan()] for reward_g in reward_R.split(run.config.batch.samples_per_prompt)]
+    return {
+        "samples": float(run.samples),
+        "reward": statistics.fmean(verdicts) if verdicts else math.nan,
+        "reward_std": statistics.pstdev(verdicts) if verdicts else math.nan,
+        "accuracy": (reward_R >= 1.0).float().mean().item(),
+        "zero_variance_groups": float(sum(len(torch.unique(g)) <= 1 for g in groups)),
+        "response_length": rollouts.length_R.float().mean().item(),
+        "truncated_fraction": rollouts.truncated_R.float().mean().item(),
+        "reward_timeouts": float(rewards.timeouts),
+        "reward_errors": float(rewards.errors),
+        "reward_unscorable": float(rewards.unscorable),
+        "steps_skipped": float(run.bad_in_a_row > 0),
+    }
+
+
+def report_rewards(run: Run, rewards: RewardBatch, log: MetricsLog) -> None:
+    """Writes an event when rollouts were left without a verdict by an error or a time-out."""
+    if rewards.errors or rewards.timeouts:
+        log.event(
+            "reward_failed", step=run.step, errors=rewards.errors, timeouts=rewards.timeouts, first=rewards.first_error
+        )

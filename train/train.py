@@ -1,0 +1,131 @@
+"""Trains a language model by policy gradient along an entropy curve.
+
+    python train/train.py --config train/configs/demo.yaml
+    python train/train.py --config train/configs/gsm8k_tiny.yaml --data.train problems.jsonl --optimizer.steps 20
+
+It is GRPO (group-relative advantages, clipped policy gradient, one number per rollout from a program that checks the
+answer) without a critic, without a reference model and without a reward model, plus one thing: between scoring and
+updating, a controller rejects rollouts so that the policy's entropy follows `entropy.schedule`.
+
+Each step: sample, reward, score, decide, update, publish; now and then evaluate and save. Ctrl-C finishes the step, saves
+and ends; `--resume auto` goes on from there, bit for bit. `--help` lists every setting.
+"""
+
+import sys
+from collections.abc import Sequence
+
+from rich.console import Console
+from rich.table import Table
+
+from entrocraft.train.config import Config
+from entrocraft.train.config_reader import load_config
+from entrocraft.train.evaluation import completion_texts, evaluate, grade
+from entrocraft.train.interrupt import Interrupt
+from entrocraft.train.metrics import MetricsLog
+from entrocraft.train.progress import Progress
+from entrocraft.train.report import write_report
+from entrocraft.train.rewards import RewardPool
+from entrocraft.train.run import SAMPLE, Run, finite
+from entrocraft.train.step import NonFiniteError, update
+from entrocraft.train.step_metrics import Clock, batch_metrics, report_rewards
+
+
+def train_step(run: Run, pool: RewardPool, log: MetricsLog) -> dict[str, float | str]:
+    """One step: sample, reward, score, decide, update, publish. Returns its metrics."""
+    config, clock = run.config, Clock()
+    chosen = run.order.next(config.batch.prompts_per_step)
+    rollouts = run.engine.sample(
+        [run.prompts[i] for i in chosen], config.batch.samples_per_prompt, stream=(config.seed, SAMPLE, run.step)
+    )
+    clock.lap("sample")
+    rewards = grade(rollouts, completion_texts(rollouts, run.policy), [run.problems[i] for i in chosen], pool)
+    clock.lap("reward")
+    row: dict[str, float | str] = {"lr": run.set_learning_rate()}
+    try:
+        stats = run.policy.score(rollouts, config.batch.tokens_per_microbatch)
+        if not finite(stats):
+            raise NonFiniteError("a scored log-probability or entropy is not a number")
+        clock.lap("score")
+        decision = run.decide(rollouts, stats, rewards.reward_R)
+        row |= {**decision.metrics, "reason": decision.reason}
+        row |= update(run.policy, run.optimizer, rollouts, stats, decision, config, run.aggregation)
+        row["effective_samples"] = (decision.keep_R & (decision.advantage_R != 0)).sum().item()
+        run.bad_in_a_row = 0
+    except NonFiniteError as error:
+        run.skip_step(rollouts, rewards.reward_R, str(error), log)
+    clock.lap("update")
+    run.engine.publish(run.step)
+    run.samples += rollouts.R
+    report_rewards(run, rewards, log)
+    return row | batch_metrics(run, rollouts, rewards) | clock.metrics(rollouts.T)
+
+
+def train(run: Run, pool: RewardPool, log: MetricsLog, progress: Progress, interrupt: Interrupt) -> None:
+    """Steps until the run's last one or until interrupted; evaluates, logs and saves on the way."""
+    config = run.config
+    saved = run.step
+    while run.step < config.optimizer.steps and not interrupt.requested:
+        run.step += 1
+        row = train_step(run, pool, log)
+        last = run.step == config.optimizer.steps
+        if run.held_out and (last or (config.evaluation.every and run.step % config.evaluation.every == 0)):
+            row |= evaluate(
+                run.policy, run.engine, run.held_out, run.held_out_prompts, pool, **run.evaluation_options()
+            )
+        log.log(run.step, row)
+        progress.update(run.step, row)
+        if run.bad_in_a_row >= config.optimizer.max_bad_updates:
+            run.stop_for_bad_steps()
+        if run.step % config.checkpoint.every == 0:
+            run.save()
+            saved = run.step
+    if run.step > saved:
+        run.save()
+
+
+def announce(run: Run, resumed: int | None, console: Console) -> None:
+    """Prints what is about to happen: the batch table, and where the run begins."""
+    table = Table("batch", "", title=f"{run.dir}", title_justify="left")
+    for name, value in run.batch_table():
+        table.add_row(name, value)
+    console.print(table)
+    for folder in run.checkpoints.broken():
+        console.print(f"ignoring {folder}: not a whole checkpoint")
+    if resumed is not None:
+        console.print(f"resuming after step {resumed}")
+
+
+def run_training(config: Config) -> Run:
+    """Trains from the start or from the newest checkpoint, then writes the model and the report. Returns the run."""
+    console, interrupt = Console(), Interrupt()
+    run = Run(config)
+    resumed = run.resume()
+    run.begin()
+    announce(run, resumed, console)
+    reward = config.reward
+    with (
+        interrupt.listening(),
+        RewardPool(reward.name, workers=reward.workers, timeout_s=reward.timeout_s, signed=reward.signed) as pool,
+        MetricsLog(run.dir, resume_step=resumed or 0) as log,
+        Progress(config.optimizer.steps, run.step, console) as progress,
+    ):
+        if run.dropped and resumed is None:
+            log.event("prompts_dropped", count=run.dropped, limit=config.data.max_prompt_tokens)
+        train(run, pool, log, progress, interrupt)
+    run.policy.save(run.dir / "model")
+    report = write_report(run.dir)
+    console.print(f"step {run.step} of {config.optimizer.steps}; report: {report}")
+    return run
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Command line entry; returns the exit code: 0 finished, 130 stopped by Ctrl-C with a checkpoint."""
+    config = load_config(sys.argv[1:] if argv is None else argv)
+    run = run_training(config)
+    return 0 if run.step == config.optimizer.steps else 130
+
+
+if __name__ == "__main__":
+    from entrocraft.train.cli import report_errors
+
+    sys.exit(report_errors(main))
