@@ -26,17 +26,21 @@ OLDEST, NEWEST = (3, 11), (3, 14)  # the pinned torch has wheels for these
 # Runs inside the environment: what is installed, and which packages lack files that pip put there. Compiled
 # files do not count: they come and go. A record is missing when pip was killed while it copied a package.
 SURVEY = """
-import importlib.metadata, json, pip
+import csv, importlib.metadata, json, os
 broken, packages = [], []
 for dist in importlib.metadata.distributions():
-    name = (dist.metadata or {}).get("Name")
-    if not name or dist.files is None:
+    name, record = (dist.metadata or {}).get("Name"), dist.read_text("RECORD")
+    if not name or not record:
         broken.append(name or str(getattr(dist, "_path", dist)))
         continue
     packages.append(name.lower())
-    lost = [f for f in dist.files if f.suffix != ".pyc" and not f.locate().exists()]
+    base = str(dist.locate_file(""))
+    files = [row[0] for row in csv.reader(record.splitlines()) if row and not row[0].endswith(".pyc")]
+    lost = [file for file in files if not os.path.exists(os.path.join(base, file))]
     if lost:
         broken.append(f"{name} (no {lost[0]})")
+if "pip" not in packages:
+    broken.append("pip")
 print(json.dumps({"broken": sorted(broken), "packages": sorted(packages)}))
 """
 
@@ -73,7 +77,7 @@ def survey(venv: Path) -> dict[str, list[str]]:
         )
         return json.loads(done.stdout)
     except (OSError, ValueError, subprocess.TimeoutExpired) as error:
-        return {"broken": [f"{python} does not run pip ({type(error).__name__})"], "packages": []}
+        return {"broken": [f"{python} does not run ({type(error).__name__})"], "packages": []}
 
 
 def state(venv: Path, wanted: str) -> tuple[str, str]:
