@@ -356,7 +356,7 @@ def show(findings: Sequence[Finding]) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Prints the table; 1 when something fails, else 0."""
-    about = "Checks versions, GPU, Triton and optional packages, and names the remedy. Exits with 1 when something fails."
+    about = "Checks versions, GPU, Triton and optional packages, names remedies. Exits with 1 when something fails."
     parser = argparse.ArgumentParser(prog="entrocraft doctor", description=about)
     parser.parse_args(argv)
     findings = examine()
