@@ -1,0 +1,465 @@
+"""The controller: its numbers by hand, its memory, its guard, and decisions that do not depend on order."""
+
+import json
+import math
+import re
+import warnings
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from entrocraft import EntropyController, EntropyScheduleWarning, PPOClip, bands, rules, schedules, token_weights
+from entrocraft.rules import Rule
+
+ALL_RULES: list[Rule] = [
+    rules.none(),
+    rules.soft(gamma=1.0),
+    rules.hard(),
+    rules.switch(),
+    *(make(level=level) for make in (rules.first_order, rules.budget) for level in rules.LEVELS),
+]
+
+METRICS = {
+    *("entropy", "entropy_seq_mean", "entropy_p10", "entropy_p50", "entropy_p90", "logprob_positive"),
+    *("logprob_negative", "target", "band_low", "band_high", "direction", "error", "need", "gain", "bypassed"),
+    *("predicted_change_all", "predicted_change_kept", "predicted_change", "realised_change"),
+    *("kept_fraction", "kept_token_fraction", "kept_fraction_positive", "kept_fraction_negative", "kept_groups"),
+    *("active_fraction", "authority", "target_start_excess", "target_start_far_above"),
+}
+
+
+def _controller(target: float, rule: Rule, **arguments: Any) -> EntropyController:
+    return EntropyController(schedules.constant(target), rule, **arguments)
+
+
+def _entropy(scored: Any) -> float:
+    return float(scored.stats.entropy_T[scored.mask_T].double().mean())
+
+
+@pytest.mark.parametrize(("shift", "direction"), [(0.2, -1), (0.0, 0), (-0.2, 1)])
+def test_direction_band_and_aim(shift: float, direction: int, scored_batch: Callable[..., Any]) -> None:
+    scored = scored_batch(0)
+    entropy = _entropy(scored)
+    schedule = schedules.linear(entropy + shift, entropy + shift - 0.1, 10)
+    decision = scored.decide(EntropyController(schedule, rules.hard(), width=0.1), 0)
+    assert decision.direction == direction
+    expected = {
+        "entropy": entropy,
+        "target": entropy + shift,
+        "band_low": entropy + shift - 0.05,
+        "band_high": entropy + shift + 0.05,
+        "direction": float(direction),
+        "error": -shift,
+        "need": shift - 0.01,
+        "gain": 10.0,
+        "target_start_excess": shift,
+    }
+    assert {name: decision.metrics[name] for name in expected} == pytest.approx(expected, rel=1e-9, abs=1e-9)
+    assert set(decision.metrics) == METRICS
+    assert all(type(value) is float for value in decision.metrics.values())
+
+
+def test_edges_belong_to_the_band(stats_of: Callable[..., Any], scored_batch: Callable[..., Any]) -> None:
+    # Both comparisons are strict: at an edge the entropy is in range.
+    scored = scored_batch(0)
+    entropy = scored.decide(_controller(1.0, rules.none()), 0).metrics["entropy"]
+    for low, high, direction in (
+        (entropy, entropy, 0),
+        (np.nextafter(entropy, 9), 9.0, -1),
+        (0.0, np.nextafter(entropy, 0), 1),
+    ):
+        band = bands.between(schedules.constant(float(low)), schedules.constant(float(high)))
+        assert scored.decide(EntropyController(band, rules.none()), 0).direction == direction
+
+
+@pytest.mark.parametrize("rule", ALL_RULES, ids=str)
+@pytest.mark.parametrize("shift", [-0.3, 0.0, 0.15])
+def test_metrics_of_what_was_kept(rule: Rule, shift: float, scored_batch: Callable[..., Any]) -> None:
+    scored = scored_batch(1)
+    decision = scored.decide(_controller(_entropy(scored) + shift, rule), 0)
+    assert not decision.bypassed
+    keep_T, keep_R, advantage_R = decision.keep_T, decision.keep_R, scored.advantage_R
+    assert keep_T.dtype == keep_R.dtype == torch.bool
+    assert decision.advantage_R.dtype == torch.float32
+    for r in range(len(keep_R)):
+        mine_T = scored.rollout_T == r
+        counted_T = mine_T & scored.mask_T
+        assert bool(keep_R[r]) == bool(keep_T[counted_T if counted_T.any() else mine_T].any())
+    active_R = keep_R & (decision.advantage_R != 0)
+    expected = {
+        "kept_fraction": float(keep_R.double().mean()),
+        "kept_token_fraction": int((keep_T & scored.mask_T).sum()) / int(scored.mask_T.sum()),
+        "kept_fraction_positive": float(keep_R[advantage_R > 0].double().mean()),
+        "kept_fraction_negative": float(keep_R[advantage_R < 0].double().mean()),
+        "kept_groups": float(len(scored.group_R[active_R].unique())),
+        "active_fraction": float(active_R.double().mean()),
+        "authority": float(((advantage_R != 0) | (decision.advantage_R != 0)).double().mean()),
+        "bypassed": 0.0,
+    }
+    assert {name: decision.metrics[name] for name in expected} == pytest.approx(expected, rel=1e-12)
+
+
+@pytest.mark.parametrize("rule", ALL_RULES, ids=str)
+def test_predicted_change_is_summed_over_what_was_kept(rule: Rule, scored_batch: Callable[..., Any]) -> None:
+    scored = scored_batch(2)
+    decision = scored.decide(_controller(_entropy(scored) - 0.3, rule), 0)
+    stats = scored.stats
+    s_T = stats.logprob_T.double().exp() * (stats.logprob_T + stats.entropy_T).double()
+    sbar_T = (stats.p2logp_T + stats.entropy_T * stats.p2_T).double()
+
+    def change(advantage_R: torch.Tensor, keep_T: torch.Tensor) -> float:
+        used_T = (keep_T & scored.mask_T).double()
+        return float((-advantage_R[scored.rollout_T] * (s_T - sbar_T) * used_T).sum() / scored.mask_T.sum())
+
+    everything_T = torch.ones_like(decision.keep_T)
+    assert decision.metrics["predicted_change_all"] == pytest.approx(
+        change(scored.advantage_R, everything_T), rel=1e-4, abs=1e-8
+    )
+    kept = change(decision.advantage_R, decision.keep_T)
+    assert decision.metrics["predicted_change_kept"] == pytest.approx(kept, rel=1e-4, abs=1e-8)
+    assert decision.metrics["predicted_change"] == pytest.approx(10.0 * kept, rel=1e-4, abs=1e-7)
+
+
+@pytest.mark.parametrize("level", rules.LEVELS)
+def test_the_given_loss_is_what_is_predicted(level: str, scored_batch: Callable[..., Any]) -> None:
+    # Far off policy half the tokens are clipped: the decision must see that, and no loss must mean policy gradient.
+    scored = scored_batch(3)
+    weight_T = token_weights(scored.rollout_T, scored.mask_T, scored.group_R, aggregation="token_mean")
+    advantage_T = scored.advantage_R[scored.rollout_T]
+    target = _entropy(scored) - 0.3
+    rule = rules.first_order(level=level)
+
+    def policy_gradient(logprob_T: torch.Tensor) -> torch.Tensor:
+        return -(weight_T * advantage_T * logprob_T).sum()
+
+    plain = scored.decide(_controller(target, rule), 0)
+    spelled = scored.decide(_controller(target, rule), 0, loss_fn=policy_gradient)
+    assert torch.equal(plain.keep_T, spelled.keep_T)
+    name = "predicted_change_all"
+    assert spelled.metrics[name] == pytest.approx(plain.metrics[name], rel=1e-4)
+
+    old_T = scored.stats.logprob_T + torch.randn(len(advantage_T), generator=torch.Generator().manual_seed(0))
+    clipped = PPOClip().clipped(scored.stats.logprob_T, old_T, advantage_T)
+    free_T = ~(clipped["low"] | clipped["high"] | clipped["dual"])
+    ratio_T = (scored.stats.logprob_T - old_T).exp()
+    ppo = scored.decide(
+        _controller(target, rule), 0, loss_fn=lambda x: (weight_T * PPOClip()(x, old_T, advantage_T)).sum()
+    )
+
+    def surrogate(logprob_T: torch.Tensor) -> torch.Tensor:
+        return -(weight_T * advantage_T * ratio_T * free_T * logprob_T).sum()
+
+    by_hand = scored.decide(_controller(target, rule), 0, loss_fn=surrogate)
+    assert ppo.metrics[name] == pytest.approx(by_hand.metrics[name], rel=1e-4)
+    assert torch.equal(ppo.keep_T, by_hand.keep_T)
+    if level == "token":
+        assert bool(ppo.keep_T[~free_T].all())
+        assert not torch.equal(ppo.keep_T, plain.keep_T)
+
+
+@pytest.mark.parametrize("level", rules.LEVELS)
+@pytest.mark.parametrize("shift", [-0.05, 0.05])
+def test_budget_meets_the_schedule_with_nothing_to_spare(
+    level: str, shift: float, scored_batch: Callable[..., Any]
+) -> None:
+    scored = scored_batch(4)
+    controller = _controller(_entropy(scored) + shift, rules.budget(level=level))
+    decision = scored.decide(controller, 0)
+    want = decision.metrics["need"] / decision.metrics["gain"]
+    kept = decision.metrics["predicted_change_kept"]
+    assert 0 < int((~decision.keep_T).sum()) < len(decision.keep_T)
+    assert bool(decision.keep_R[scored.advantage_R == 0].all())
+    # Reached, and overshot by less than the last thing rejected: the least harmful of all that went.
+    biggest = float(_changes(scored, level).abs().max())
+    overshoot = (kept - want) * (1 if decision.metrics["predicted_change_all"] < want else -1)
+    assert -1e-9 <= overshoot <= biggest
+
+
+def _changes(scored: Any, level: str) -> torch.Tensor:
+    stats = scored.stats
+    s_T = stats.logprob_T.exp() * (stats.logprob_T + stats.entropy_T)
+    sbar_T = stats.p2logp_T + stats.entropy_T * stats.p2_T
+    change_T = -scored.advantage_R[scored.rollout_T] * (s_T - sbar_T) * scored.mask_T / scored.mask_T.sum()
+    return change_T if level == "token" else torch.zeros(len(scored.group_R)).index_add(0, scored.rollout_T, change_T)
+
+
+@pytest.mark.parametrize("rule", ALL_RULES, ids=str)
+@pytest.mark.parametrize("shift", [-0.05, 0.05])
+def test_order_over_ranks_does_not_matter(rule: Rule, shift: float, scored_batch: Callable[..., Any]) -> None:
+    scored = scored_batch(5)
+    target = _entropy(scored) + shift
+    straight = scored.decide(_controller(target, rule, seed=3), 7, sample_R=scored.sample_R)
+    expected = {
+        (int(g), int(s)): (
+            bool(straight.keep_R[r]),
+            float(straight.advantage_R[r]),
+            straight.keep_T[scored.rollout_T == r].tolist(),
+        )
+        for r, (g, s) in enumerate(zip(scored.group_R, scored.sample_R, strict=True))
+    }
+    for seed in range(3):
+        order_R = torch.randperm(len(scored.group_R), generator=torch.Generator().manual_seed(seed))
+        shuffled = scored.permuted(order_R)
+        got = shuffled.decide(_controller(target, rule, seed=3), 7, sample_R=shuffled.sample_R)
+        for r, (g, s) in enumerate(zip(shuffled.group_R, shuffled.sample_R, strict=True)):
+            mine = got.keep_T[shuffled.rollout_T == r].tolist()
+            assert (bool(got.keep_R[r]), float(got.advantage_R[r]), mine) == expected[int(g), int(s)]
+        # Bit for bit, so that ranks cannot drift apart.
+        np.testing.assert_equal(got.metrics, straight.metrics)
+
+
+def test_soft_draws_anew_each_step_and_seed(scored_batch: Callable[..., Any]) -> None:
+    scored = scored_batch(6)
+
+    def keep(seed: int, step: int) -> list[bool]:
+        rule = rules.soft(gamma=0.7)
+        return scored.decide(_controller(_entropy(scored) - 0.3, rule, seed=seed), step).keep_R.tolist()
+
+    assert keep(0, 0) == keep(0, 0)
+    assert keep(0, 0) != keep(0, 1)
+    assert keep(0, 0) != keep(1, 0)
+
+
+@pytest.mark.parametrize("rule", ALL_RULES, ids=str)
+def test_resuming_in_the_middle_changes_nothing(rule: Rule, scored_batch: Callable[..., Any]) -> None:
+    batches = [scored_batch(seed, sharpness=2.0 + 0.2 * seed) for seed in range(8)]
+
+    def make() -> EntropyController:
+        schedule = schedules.build("linear", start="measured", end=0.6, steps=8)
+        return EntropyController(schedule, rule, width=0.02, warmup_steps=1)
+
+    whole = make()
+    decisions = [batch.decide(whole, step) for step, batch in enumerate(batches)]
+    first = make()
+    for step in range(4):
+        batches[step].decide(first, step)
+    second = make()
+    second.load_state_dict(json.loads(json.dumps(first.state_dict())))
+    for step in range(4, 8):
+        decision = batches[step].decide(second, step)
+        assert torch.equal(decision.keep_T, decisions[step].keep_T)
+        assert torch.equal(decision.advantage_R, decisions[step].advantage_R)
+        assert decision.reason == decisions[step].reason
+        np.testing.assert_equal(decision.metrics, decisions[step].metrics)
+    assert second.state_dict() == whole.state_dict()
+
+
+def test_gain_is_learnt_from_what_was_kept_and_what_came_of_it(scored_batch: Callable[..., Any]) -> None:
+    # Sharper and sharper: entropy falls, as predicted, except once.
+    batches = [scored_batch(k, sharpness=sharpness) for k, sharpness in enumerate((2.0, 2.3, 2.6, 2.2, 2.9, 3.3))]
+    controller = _controller(_entropy(batches[0]) - 0.8, rules.budget(), ema=0.8, initial_gain=4.0)
+    numerator = denominator = 0.0
+    gain, last = 4.0, None
+    for step, batch in enumerate(batches):
+        metrics = batch.decide(controller, step).metrics
+        if last is None:
+            assert math.isnan(metrics["realised_change"])
+        else:
+            realised, predicted = metrics["entropy"] - last["entropy"], last["predicted_change_kept"]
+            assert metrics["realised_change"] == realised
+            numerator = 0.8 * numerator + 0.2 * realised * predicted
+            denominator = 0.8 * denominator + 0.2 * predicted**2
+            gain = max(numerator / denominator, 1e-3) if numerator > 0 else gain
+        assert metrics["gain"] == pytest.approx(gain, rel=1e-12)
+        last = metrics
+    assert gain not in (4.0, 1e-3)
+
+
+def test_no_gain_is_learnt_from_a_step_that_was_not_taken(scored_batch: Callable[..., Any]) -> None:
+    first, second = scored_batch(0), scored_batch(1, sharpness=1.5)
+
+    def gain_after(step: int, forget: bool) -> float:
+        controller = _controller(_entropy(first), rules.none())
+        first.decide(controller, 0)
+        if forget:
+            controller.forget_prediction()
+        return second.decide(controller, step).metrics["gain"]
+
+    sign = math.copysign(1.0, first.decide(_controller(1.0, rules.none()), 0).metrics["predicted_change_kept"])
+    second = scored_batch(1, sharpness=1.5 if sign > 0 else 3.0)  # so that the numerator is positive
+    assert gain_after(1, forget=False) != 10.0
+    assert gain_after(1, forget=True) == 10.0
+    assert gain_after(2, forget=False) == 10.0
+
+
+@pytest.mark.parametrize(
+    ("advantage", "rule", "reason"),
+    [
+        (-1.0, rules.hard(), "bypassed, starved: 0 of 96 rollouts"),
+        (-2.0, rules.soft(), "bypassed, starved: "),
+        (0.0, rules.hard(), "bypassed, no authority: 0 of 96 rollouts"),
+        (0.0, rules.budget(), "bypassed, no authority: 0 of 96 rollouts"),
+        (0.0, rules.first_order(level="token"), "bypassed, no authority: 0 of 96 rollouts"),
+    ],
+)
+def test_all_rejected_or_nothing_to_decide_is_a_visible_bypass(
+    advantage: float, rule: Rule, reason: str, scored_batch: Callable[..., Any]
+) -> None:
+    scored = scored_batch(7)
+    scored = scored._replace(advantage_R=torch.full_like(scored.advantage_R, advantage))
+    decision = scored.decide(_controller(_entropy(scored) - 0.3, rule), 0)
+    assert decision.bypassed
+    assert decision.metrics["bypassed"] == 1.0
+    assert decision.reason.startswith(reason)
+    assert bool(decision.keep_T.all())
+    assert bool(decision.keep_R.all())
+    assert decision.metrics["kept_fraction"] == 1.0
+    assert decision.metrics["direction"] == 1.0
+
+
+def test_switch_without_a_reward_of_the_right_sign_lets_go_of_its_advantages(
+    scored_batch: Callable[..., Any],
+) -> None:
+    # All wrong above the band: max(R, 0) is 0 everywhere. The given advantages come back.
+    scored = scored_batch(8)
+    advantage_R = torch.linspace(-1, 1, len(scored.group_R))
+    scored = scored._replace(reward_R=-torch.ones_like(scored.reward_R), advantage_R=advantage_R)
+    decision = scored.decide(_controller(_entropy(scored) - 0.3, rules.switch()), 0)
+    assert decision.bypassed
+    assert torch.equal(decision.advantage_R, advantage_R)
+
+
+def test_switch_with_rewards_of_zero_and_one_is_an_error(scored_batch: Callable[..., Any]) -> None:
+    scored = scored_batch(8)
+    with pytest.raises(ValueError, match=r"needs rewards of -1 and \+1"):
+        scored.decide(_controller(1.0, rules.switch()), 0, reward_R=(scored.reward_R + 1) / 2)
+
+
+def test_warm_up_measures_and_keeps(scored_batch: Callable[..., Any]) -> None:
+    scored = scored_batch(9)
+    controller = _controller(_entropy(scored) - 0.3, rules.hard(), warmup_steps=2)
+    decisions = [scored.decide(controller, step) for step in (10, 11, 12)]
+    assert [bool(d.keep_R.all()) for d in decisions] == [True, True, False]
+    assert [d.bypassed for d in decisions] == [False] * 3
+    assert [d.direction for d in decisions] == [1] * 3
+    assert decisions[1].reason.startswith("warm-up 2 of 2: entropy ")
+
+
+def test_measured_schedules_start_where_the_model_stands(scored_batch: Callable[..., Any]) -> None:
+    first, second = scored_batch(0), scored_batch(1, sharpness=1.0)
+    schedule = schedules.measured(lambda entropy: schedules.linear(entropy, 0.5, 10))
+    controller = EntropyController(schedule, rules.budget(), width=0.1)
+    start = first.decide(controller, 0).metrics
+    later = second.decide(controller, 5).metrics
+    assert start["target"] == start["entropy"]
+    assert start["target_start_excess"] == 0.0
+    assert later["target"] == pytest.approx((start["entropy"] + 0.5) / 2)
+    assert controller.state_dict()["anchor"] == start["entropy"]
+
+
+def test_a_schedule_far_above_the_model_warns_once(scored_batch: Callable[..., Any]) -> None:
+    scored = scored_batch(0, sharpness=4.0)
+    entropy = _entropy(scored)
+    controller = _controller(2.0 * entropy, rules.budget())
+    with pytest.warns(EntropyScheduleWarning, match="far above the measured entropy"):
+        decision = scored.decide(controller, 0)
+    assert decision.metrics["target_start_far_above"] == 1.0
+    assert decision.metrics["target_start_excess"] == pytest.approx(entropy, rel=1e-6)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        again = scored.decide(controller, 1)
+        assert again.metrics["target_start_far_above"] == 1.0  # a fact about the run, in every row of its metrics
+        near = scored.decide(_controller(1.2 * entropy, rules.budget()), 0)
+        assert near.metrics["target_start_far_above"] == 0.0
+        measured = scored.decide(_controller(2.0 * entropy, rules.none()), 0)  # nothing steers there
+        assert measured.metrics["target_start_far_above"] == 1.0
+
+
+def test_without_collision_statistics_sign_rules_work_and_predictions_are_undefined(
+    scored_batch: Callable[..., Any],
+) -> None:
+    scored = scored_batch(0)
+    bare = scored._replace(stats=replace(scored.stats, p2_T=None, p2logp_T=None))
+    controller = _controller(_entropy(scored) - 0.3, rules.hard())
+    decision = bare.decide(controller, 0)
+    assert torch.equal(decision.keep_R, scored.advantage_R >= 0)
+    assert math.isnan(decision.metrics["predicted_change_all"])
+    assert controller.state_dict()["predicted"] is None
+    assert bare.decide(controller, 1).metrics["gain"] == 10.0
+    with pytest.raises(ValueError, match="collision=True"):
+        bare.decide(_controller(1.0, rules.budget()), 0)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"step": -1}, "step = -1"),
+        ({"temperature": 0.0}, "temperature = 0.0: expected > 0"),
+        ({"temperature": -0.5}, "temperature = -0.5"),
+        ({"loss_fn": lambda x: (x * math.nan).sum()}, "predicted entropy change is not finite"),
+        ({"advantage_R": torch.zeros(3)}, "advantage_R has shape (3,)"),
+    ],
+)
+def test_bad_input_leaves_the_state_alone(
+    changes: dict[str, Any], message: str, scored_batch: Callable[..., Any]
+) -> None:
+    scored = scored_batch(0)
+    controller = _controller(_entropy(scored), rules.budget())
+    scored.decide(controller, 0)
+    before = controller.state_dict()
+    with pytest.raises(ValueError, match=re.escape(message)):
+        scored.decide(controller, **({"step": 1} | changes))
+    assert controller.state_dict() == before
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"width": -0.1}, "lo > hi"),
+        ({"seed": -1}, "seed = -1"),
+        ({"warmup_steps": -1}, "warmup_steps = -1"),
+        ({"ema": 1.0}, "ema = 1.0"),
+        ({"initial_gain": 0.0}, "initial_gain = 0.0"),
+        ({"min_groups": 0}, "min_groups = 0"),
+        ({"vocab_size": 1}, "vocab_size = 1"),
+        ({"rule": "budgets"}, "unknown rule 'budgets': did you mean 'budget'"),
+        ({"schedule": 0.5}, "schedule = 0.5: expected a function"),
+    ],
+)
+def test_bad_arguments(arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(message)):
+        EntropyController(**({"schedule": schedules.constant(0.5), "rule": rules.hard()} | arguments))
+
+
+def test_a_rule_by_name_and_a_band_out_of_reach(scored_batch: Callable[..., Any]) -> None:
+    scored = scored_batch(0)
+    by_name = EntropyController(schedules.constant(0.5), "hard", vocab_size=11)
+    assert torch.equal(scored.decide(by_name, 0).keep_R, scored.advantage_R >= 0)
+    with pytest.raises(ValueError, match=r"above log\(vocab_size = 11\)"):
+        scored.decide(EntropyController(schedules.constant(2.4), rules.none(), vocab_size=11), 0)
+
+
+def test_a_state_of_another_version_is_refused() -> None:
+    controller = EntropyController(schedules.constant(0.5), rules.hard())
+    state = controller.state_dict()
+    state["gains"] = state.pop("gain")
+    with pytest.raises(ValueError, match=r"lacks \['gain'\] and has unknown \['gains'\]"):
+        controller.load_state_dict(state)
+
+
+@given(seed=st.integers(0, 10_000), rule=st.sampled_from(ALL_RULES), shift=st.floats(-0.5, 0.2))
+def test_any_batch_gives_a_whole_decision(
+    seed: int, rule: Rule, shift: float, scored_batch: Callable[..., Any]
+) -> None:
+    scored = scored_batch(seed, prompts=1 + seed % 5, samples=1 + seed % 4, longest=3)
+    if not scored.mask_T.any():
+        return
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", EntropyScheduleWarning)
+        decision = scored.decide(_controller(max(_entropy(scored) + shift, 0.0), rule), 0)
+    R, T = len(scored.group_R), len(scored.rollout_T)
+    assert decision.keep_T.shape == (T,)
+    assert decision.keep_R.shape == decision.advantage_R.shape == (R,)
+    assert 0.0 < decision.metrics["kept_fraction"] <= 1.0
+    assert 0.0 <= decision.metrics["kept_token_fraction"] <= 1.0
+    assert bool(torch.isfinite(decision.advantage_R).all())
+    # Never starved: something with an advantage is kept, or nothing was rejected.
+    assert decision.metrics["active_fraction"] > 0 or bool(decision.keep_T.all())
+    if decision.bypassed or (decision.direction == 0 and not isinstance(rule, rules.budget)):
+        assert bool(decision.keep_T.all())

@@ -1,0 +1,86 @@
+"""The guard's limits, each just met and just missed."""
+
+import numpy as np
+import pytest
+import torch
+
+from entrocraft import TokenStats
+from entrocraft.batch import Batch
+from entrocraft.guard import Guard
+from entrocraft.rules import Verdict
+
+
+def _batch(advantage: list[float], samples: int) -> Batch:
+    """One token a rollout, `samples` rollouts a prompt."""
+    size = len(advantage)
+    one_T = torch.ones(size)
+    return Batch.of(
+        TokenStats(logprob_T=-one_T, entropy_T=one_T, lse_T=one_T),
+        torch.arange(size),
+        torch.arange(size) // samples,
+        torch.tensor(advantage),
+        reward_R=None,
+        mask_T=None,
+        sample_R=None,
+    )
+
+
+def _keep(batch: Batch, kept: int) -> Verdict:
+    keep_R = np.arange(len(batch.group_R)) < kept
+    return Verdict(keep_R=keep_R, advantage_R=batch.advantage_R)
+
+
+def test_too_few_rollouts() -> None:
+    # 2 % of 100 rollouts of one prompt is 2.
+    batch = _batch([1.0] * 100, samples=100)
+    assert Guard().reason(batch, _keep(batch, 2)) == ""
+    assert Guard().reason(batch, _keep(batch, 1)).startswith("starved: 1 of 100 rollouts")
+    assert Guard().reason(batch, _keep(batch, 0)).startswith("starved: 0 of 100 rollouts")
+
+
+def test_nothing_kept_is_starved_however_low_the_limit() -> None:
+    batch = _batch([1.0] * 4, samples=4)
+    assert Guard(min_kept_fraction=0.0).reason(batch, _keep(batch, 0)).startswith("starved: 0 of 4")
+
+
+@pytest.mark.parametrize(
+    ("prompts", "least"),
+    [(1, 1), (4, 1), (8, 2), (16, 4), (32, 8), (64, 8)],  # a quarter of the prompts, at least 1, at most 8
+)
+def test_too_few_prompts(prompts: int, least: int) -> None:
+    batch = _batch([1.0] * (2 * prompts), samples=2)
+    assert Guard().reason(batch, _keep(batch, 2 * least)) == ""
+    assert Guard().reason(batch, _keep(batch, 2 * (least - 1))) != ""
+    if least > 1:
+        assert f"from {least - 1} of {prompts} prompts" in Guard().reason(batch, _keep(batch, 2 * (least - 1)))
+
+
+def test_rollouts_without_advantage_do_not_feed() -> None:
+    batch = _batch([0.0] * 50 + [1.0] * 50, samples=100)
+    assert Guard().reason(batch, _keep(batch, 51)).startswith("starved: 1 of 100")
+    assert Guard().reason(batch, _keep(batch, 52)) == ""
+
+
+def test_authority() -> None:
+    few = _batch([1.0] + [0.0] * 99, samples=10)
+    assert Guard().reason(few, _keep(few, 100)).startswith("no authority: 1 of 100 rollouts")
+    enough = _batch([1.0, -1.0] + [0.0] * 98, samples=10)
+    assert Guard().reason(enough, _keep(enough, 100)) == ""
+    nobody = _batch([0.0] * 10, samples=10)
+    assert Guard(min_authority=0.0).reason(nobody, _keep(nobody, 10)).startswith("no authority: 0 of 10")
+
+
+def test_advantages_that_the_rule_sets_count_as_authority() -> None:
+    # All-correct groups: no group advantage, but the switch gives each +1.
+    batch = _batch([0.0] * 10, samples=10)
+    switched = Verdict(keep_R=np.ones(10, dtype=bool), advantage_R=np.ones(10))
+    assert Guard().reason(batch, switched) == ""
+    silenced = Verdict(keep_R=np.ones(10, dtype=bool), advantage_R=np.zeros(10))
+    full = _batch([1.0] * 10, samples=10)
+    assert Guard().reason(full, silenced).startswith("starved: 0 of 10")
+
+
+@pytest.mark.parametrize(("name", "value"), [("min_kept_fraction", -0.1), ("min_authority", 1.5), ("min_groups", 0)])
+def test_limits_out_of_range(name: str, value: float) -> None:
+    with pytest.raises(ValueError, match=f"{name} = {value}"):
+        Guard(**{name: value})  # type: ignore[arg-type]
