@@ -138,7 +138,8 @@ def plot_run(rows: Rows, path: str | Path) -> None:
     # is placed by hand too, above the upper axis.
     gap, foot = 0.95, 0.55
     height = sum(heights) + gap * len(heights) + foot
-    with mpl.rc_context(STYLE | {"axes.titley": 1.0, "axes.titlepad": 22.0}):
+    style: dict[Any, Any] = STYLE | {"axes.titley": 1.0, "axes.titlepad": 22.0}
+    with mpl.rc_context(style):
         figure = Figure(figsize=(11, height))
         grid = figure.add_gridspec(
             1 + below,

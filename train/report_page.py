@@ -41,6 +41,8 @@ REPORT_PAGE = (
 {% endfor %}
 </div>
 <img alt="Curves of the run" src="{{ picture }}">
+<p class="quiet">Entropy is drawn as measured at each step. Elsewhere a faint line is the value at each step and the
+bold one its moving average over a twentieth of the steps; points are evaluations.</p>
 
 {% if evaluations %}
 <h2>Evaluations on held-out prompts</h2>
@@ -106,6 +108,9 @@ COMPARE_PAGE = (
     + """<h1>{{ arms | length }} runs</h1>
 <p class="quiet">{{ arms | join(" · ") }}</p>
 <img alt="Curves of the runs" src="{{ picture }}">
+<p class="quiet">Entropy is drawn as measured at each step. Elsewhere a faint line is the value at each step and the
+bold one its moving average over a twentieth of the steps; points are evaluations. "At the end" is the mean over the
+last tenth of the steps; the tracking error is the mean of |entropy - target| after the first third.</p>
 <h2>In numbers</h2>
 <div class="wide"><table id="comparison">
 <tr><th></th>{% for arm in arms %}<th>{{ arm }}</th>{% endfor %}</tr>

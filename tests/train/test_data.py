@@ -1,5 +1,6 @@
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -27,7 +28,8 @@ def gsm(tmp_path):
 
 
 def load(path: Path, **changes):
-    return load_problems(path, **({"prompt_field": "question", "answer_field": "answer"} | changes))
+    fields: dict[str, Any] = {"prompt_field": "question", "answer_field": "answer"}
+    return load_problems(path, **(fields | changes))
 
 
 def test_rows_become_problems_with_template_and_pattern(gsm):
