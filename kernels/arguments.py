@@ -46,13 +46,18 @@ def check_target(target_T: Tensor, *, like: Tensor, V: int, ignore_index: int, v
         return
     outside_T = ((target_T < 0) | (target_T >= V)) & (target_T != ignore_index)
     if target_T.device.type != "cpu":
-        torch._assert_async(~outside_T.any(), f"target_T has ids outside the vocabulary of {V}")
+        _assert_on_device(~outside_T.any(), f"target_T has ids outside the vocabulary of {V}")
     elif outside_T.any():
         t = int(outside_T.nonzero()[0, 0])
         raise ValueError(
             f"target_T[{t}] is {int(target_T[t])}, outside the vocabulary [0, {V}); mark rows that have no target with "
             f"ignore_index={ignore_index}"
         )
+
+
+def _assert_on_device(condition: Tensor, message: str) -> None:
+    """The device stops when the condition is False; the caller goes on without waiting for it."""
+    torch._assert_async(condition, message)  # pyright: ignore[reportPrivateImportUsage]
 
 
 def check_softcap(softcap: float | None) -> None:
@@ -83,7 +88,7 @@ def checked_inverse_temperature(
             t = int(wrong_T.nonzero()[0, 0])
             raise ValueError(f"temperature[{t}] is {float(temperature[t])}; expected a positive finite number")
     elif validate:
-        torch._assert_async(~wrong_T.any(), "temperature has an element that is not positive and finite")
+        _assert_on_device(~wrong_T.any(), "temperature has an element that is not positive and finite")
     return 1.0 / temperature.to(dtype)
 
 

@@ -99,7 +99,8 @@ class _LinearLogprobEntropy(torch.autograd.Function):
         return values.logprob_T, values.entropy_T, values.lse_T, values.p2_T, values.p2logp_T
 
     @staticmethod
-    def backward(ctx, grad_logprob_T, grad_entropy_T, grad_lse_T, *_):
+    def backward(ctx, *grads):
+        grad_logprob_T, grad_entropy_T, grad_lse_T, *_ = grads
         hidden_TH, weight_VH, bias_V, target_T, shift_T, log_s0_T, entropy_T = ctx.saved_tensors
         with torch.no_grad(), no_autocast(hidden_TH.device):
             rows = row_coefficients(

@@ -206,7 +206,7 @@ def dlogits_kernel(
     t = tl.load(row_ptr + i, mask=t_mask, other=0)
     v = tl.program_id(1).to(tl.int64) * BLOCK_V + tl.arange(0, BLOCK_V)
     v_mask = v < V
-    z, capped = _tile(
+    z, capped = _tile(  # pyright: ignore[reportGeneralTypeIssues]
         x_ptr, w_ptr, b_ptr, inv_temperature_ptr,
         t, v, t_mask, v_mask, H,
         stride_x_t, stride_x_h, stride_w_v, stride_w_h,

@@ -23,8 +23,8 @@ from entrocraft.kernels.row_stats import (
     tile_sums,
 )
 
-# Elements of a tile: 16 MiB in fp32, past which no product on a CPU becomes faster.
-TILE_ELEMENTS = 4 << 20
+# Elements of a tile: 4 MiB in fp32. Between 1 and 16 MiB a CPU is equally fast (README.md).
+TILE_ELEMENTS = 1 << 20
 # Rows of a tile when the vocabulary does not fit beside them: with as many columns, a product as square as it gets.
 TILE_ROWS = 1024
 
@@ -129,19 +129,15 @@ def backward(
 ) -> list[Tensor | None]:
     """Gradients of hidden, weight and bias (None where not needed), each in the dtype of what it is the gradient of."""
     index = None if bool(rows.active_T.all()) else rows.active_T.nonzero()[:, 0]
-    x_TH, target_T, rows = (
-        _picked(hidden_TH, index),
-        _picked(target_T, index),
-        rows if index is None else rows.pick(index),
-    )
+    x_TH, target_T = _picked(hidden_TH, index), _picked(target_T, index)
+    rows = rows if index is None else rows.pick(index)
     tiles = _Tiles(x_TH, weight_VH, bias_V, _picked(inv_temperature, index), options)
-    need_x, need_w, need_b = needs
-    grad_x_TH = x_TH.new_zeros(x_TH.shape, dtype=tiles.dtype) if need_x else None
-    grad_w_VH = torch.zeros_like(weight_VH, memory_format=torch.contiguous_format) if need_w else None
-    grad_b_V = torch.zeros_like(bias_V) if need_b and bias_V is not None else None
+    grad_x_TH = x_TH.new_zeros(x_TH.shape, dtype=tiles.dtype) if needs[0] else None
+    grad_w_VH = weight_VH.new_zeros(weight_VH.shape) if needs[1] else None
+    grad_b_V = bias_V.new_zeros(bias_V.shape) if needs[2] and bias_V is not None else None
     for v, w_MH in tiles.vocabulary():
-        grad_w_MH = torch.zeros_like(w_MH) if grad_w_VH is not None else None
-        grad_b_M = w_MH.new_zeros(w_MH.shape[0]) if grad_b_V is not None else None
+        grad_w_MH = None if grad_w_VH is None else _accumulator(grad_w_VH[v], tiles.dtype)
+        grad_b_M = None if grad_b_V is None else _accumulator(grad_b_V[v], tiles.dtype)
         for t, x_NH in tiles.tokens():
             z_NM, scratch_NM, slope_NM = tiles.compute(t, v, x_NH, w_MH, slope=True)
             dz_NM = tile_gradient(z_NM, scratch_NM, target_T[t] - v.start, rows.pick(t))
@@ -153,14 +149,16 @@ def backward(
                 grad_w_MH.addmm_(dz_NM.T, x_NH)
             if grad_b_M is not None:
                 grad_b_M += dz_NM.sum(0)
-        if grad_w_VH is not None:
-            grad_w_VH[v] = grad_w_MH
-        if grad_b_V is not None:
-            grad_b_V[v] = grad_b_M
+        for whole_V, part_M in ((grad_w_VH, grad_w_MH), (grad_b_V, grad_b_M)):
+            if whole_V is not None and part_M is not None and part_M.dtype != whole_V.dtype:
+                whole_V[v] = part_M
     if grad_x_TH is not None:
         grad_x_TH = grad_x_TH.to(hidden_TH.dtype)
         if index is not None:
-            grad_x_TH = torch.zeros_like(hidden_TH, memory_format=torch.contiguous_format).index_copy_(
-                0, index, grad_x_TH
-            )
+            grad_x_TH = hidden_TH.new_zeros(hidden_TH.shape).index_copy_(0, index, grad_x_TH)
     return [grad_x_TH, grad_w_VH, grad_b_V]
+
+
+def _accumulator(zeros_M: Tensor, dtype: torch.dtype) -> Tensor:
+    """Where a split of a gradient is summed: in place if it has the compute dtype, else in zeros of that dtype."""
+    return zeros_M if zeros_M.dtype == dtype else zeros_M.new_zeros(zeros_M.shape, dtype=dtype)

@@ -11,6 +11,9 @@ programs past its end return at once, and nothing waits for the count. Tile size
 has a fixed order, and there are no atomics: a row's result is the same to the last bit in any batch.
 """
 
+# A @triton.jit function has no signature that a type checker could hold a launch against.
+# pyright: reportCallIssue=false, reportArgumentType=false
+
 from __future__ import annotations
 
 import torch
@@ -22,9 +25,9 @@ from entrocraft.kernels.arguments import HeadOptions
 from entrocraft.kernels.linear_logprob_device import dlogits_kernel, merge_kernel, stats_kernel
 from entrocraft.kernels.row_stats import RowCoefficients, neutral_sums
 
-# 128 x 128 accumulators in 8 warps: 64 registers a thread, no spill on any supported chip. BLOCK_H * element size is
-# 128 bytes, one line of shared memory.
-BLOCK_T, BLOCK_V, NUM_WARPS, NUM_STAGES = 128, 128, 8, 3
+# For 16-bit operands the largest tile that Triton 3.7 compiles without a register spill for sm_80, sm_90 and sm_100
+# (128 x 128 spills up to 490 bytes a thread: 64-bit offsets). BLOCK_H times the element size is 128 bytes.
+BLOCK_T, BLOCK_V, NUM_WARPS, NUM_STAGES = 64, 128, 8, 3
 # Vocabulary columns of one forward program: 149 splits of 152k are programs enough for any T.
 SPLIT_V = 1024
 # fp16 gradients are scaled to this size, so that small probabilities do not underflow; |dz| stays below 2.4
@@ -113,7 +116,7 @@ def forward(
 def buffer_shape(T: int, V: int, *, element_bytes: int, buffer_bytes: int) -> tuple[int, int]:
     """Rows and columns of the dz buffer: all rows if 1,024 columns of each fit, and whole tiles of columns."""
     elements = max(1, buffer_bytes // element_bytes)
-    rows = min(T, max(BLOCK_T, elements // 1024))
+    rows = max(1, min(T, max(BLOCK_T, elements // 1024)))
     columns = max(BLOCK_V, elements // rows // BLOCK_V * BLOCK_V)
     return rows, min(columns, V)
 
@@ -147,70 +150,51 @@ def backward(
     needs: tuple[bool, bool, bool],
 ) -> list[Tensor | None]:
     """Gradients of hidden, weight and bias (None where not needed), each in the dtype of what it is the gradient of."""
-    T, H = hidden_TH.shape
-    V = weight_VH.shape[0]
+    (T, H), V = hidden_TH.shape, weight_VH.shape[0]
     dz_dtype = hidden_TH.dtype if hidden_TH.dtype == weight_VH.dtype else torch.float32
-    scale = _fp16_scale(rows) if dz_dtype == torch.float16 and T else None
-    if scale is not None:
-        scaled = [None if field is None else field * scale for field in rows[1:4]]
-        rows = RowCoefficients(rows.shift_T, *scaled, rows.active_T)
-    need_x, need_w, need_b = needs[0], needs[1], needs[2] and bias_V is not None
-    grad_x_TH = hidden_TH.new_zeros((T, H), dtype=torch.float32) if need_x else None
-    grad_w_VH = weight_VH.new_zeros((V, H)) if need_w else None
-    grad_b_V = bias_V.new_zeros(V) if need_b and bias_V is not None else None
-    block_T, block_V = buffer_shape(max(T, 1), V, element_bytes=dz_dtype.itemsize, buffer_bytes=options.buffer_bytes)
+    scale = _fp16_scale(rows) if dz_dtype == torch.float16 and T else 1.0
+    scaled = [None if field is None else field * scale for field in rows[1:4]]
+    rows = RowCoefficients(rows.shift_T, scaled[0], scaled[1], scaled[2], rows.active_T)
+    grad_x_TH = hidden_TH.new_zeros((T, H), dtype=torch.float32) if needs[0] else None
+    grad_w_VH = weight_VH.new_zeros((V, H)) if needs[1] else None
+    grad_b_V = bias_V.new_zeros(V) if needs[2] and bias_V is not None else None
+    block_T, block_V = buffer_shape(T, V, element_bytes=dz_dtype.itemsize, buffer_bytes=options.buffer_bytes)
     blocks = [slice(start, min(start + block_T, T)) for start in range(0, T, block_T)]
     lists = [_row_list(rows.active_T[t]) for t in blocks]
-    # Rows that are not listed are never written: they must be 0 in every block, so a buffer serves one block only.
-    buffers = [hidden_TH.new_zeros((t.stop - t.start, block_V), dtype=dz_dtype) for t in blocks[:1]]
-    for start in range(0, V, block_V):
+    buffer_NM = hidden_TH.new_zeros((block_T, block_V), dtype=dz_dtype)
+    for start in range(0, V if T else 0, block_V):
         v = slice(start, min(start + block_V, V))
-        w_MH = weight_VH[v]
-        grad_w_MH = grad_b_M = None
-        for t, (row_N, count) in zip(blocks, lists, strict=True):
-            if len(blocks) > 1:
-                buffers[0].zero_()
-            dz_NM = buffers[0][: t.stop - t.start, : v.stop - v.start]
-            part = rows.pick(t)
-            _launch_dlogits(
-                hidden_TH[t],
-                w_MH,
-                None if bias_V is None else bias_V[v],
-                target_T[t],
-                inv_temperature[t] if isinstance(inv_temperature, Tensor) else inv_temperature,
-                options,
-                part,
-                row_N,
-                count,
-                dz_NM,
-                start,
-            )
+        w_MH, bias_M = weight_VH[v], None if bias_V is None else bias_V[v]
+        grad_w_MH = hidden_TH.new_zeros(w_MH.shape, dtype=torch.float32) if grad_w_VH is not None else None
+        grad_b_M = hidden_TH.new_zeros(w_MH.shape[0], dtype=torch.float32) if grad_b_V is not None else None
+        for t, listed in zip(blocks, lists, strict=True):
+            # Rows that are not listed are never written and must read as 0: with one block they stay so.
+            dz_NM = (buffer_NM.zero_() if len(blocks) > 1 else buffer_NM)[: t.stop - t.start, : v.stop - v.start]
+            inv_N = inv_temperature[t] if isinstance(inv_temperature, Tensor) else inv_temperature
+            _launch_dlogits(hidden_TH[t], w_MH, bias_M, target_T[t], inv_N, options, rows.pick(t), listed, dz_NM, start)
             if grad_x_TH is not None:
                 grad_x_TH[t] += _fp32_product(dz_NM, w_MH.to(dz_dtype))
-            if need_w:
-                product_MH = _fp32_product(dz_NM.T, hidden_TH[t].to(dz_dtype))
-                grad_w_MH = product_MH if grad_w_MH is None else grad_w_MH.add_(product_MH)
-            if need_b:
-                sum_M = dz_NM.sum(0, dtype=torch.float32)
-                grad_b_M = sum_M if grad_b_M is None else grad_b_M.add_(sum_M)
-        if grad_w_VH is not None and grad_w_MH is not None:
-            grad_w_VH[v] = grad_w_MH if scale is None else grad_w_MH / scale
-        if grad_b_V is not None and grad_b_M is not None:
-            grad_b_V[v] = grad_b_M if scale is None else grad_b_M / scale
+            if grad_w_MH is not None:
+                grad_w_MH += _fp32_product(dz_NM.T, hidden_TH[t].to(dz_dtype))
+            if grad_b_M is not None:
+                grad_b_M += dz_NM.sum(0, dtype=torch.float32)
+        for whole_V, part_M in ((grad_w_VH, grad_w_MH), (grad_b_V, grad_b_M)):
+            if whole_V is not None and part_M is not None:
+                whole_V[v] = part_M.div_(scale) if isinstance(scale, Tensor) else part_M
     if grad_x_TH is not None:
-        grad_x_TH = (grad_x_TH if scale is None else grad_x_TH / scale).to(hidden_TH.dtype)
+        grad_x_TH = (grad_x_TH.div_(scale) if isinstance(scale, Tensor) else grad_x_TH).to(hidden_TH.dtype)
     return [grad_x_TH, grad_w_VH, grad_b_V]
 
 
 def _launch_dlogits(
-    hidden_NH, weight_MH, bias_M, target_N, inv_temperature, options, rows, row_N, count, dz_NM, v_first
+    hidden_NH, weight_MH, bias_M, target_N, inv_temperature, options, rows, listed, dz_NM, v_first
 ) -> None:
     N, H = hidden_NH.shape
     M = weight_MH.shape[0]
     temperature_N = inv_temperature if isinstance(inv_temperature, Tensor) else None
     dlogits_kernel[(triton.cdiv(N, BLOCK_T), triton.cdiv(M, BLOCK_V))](
         # pointers
-        hidden_NH, weight_MH, bias_M, target_N.contiguous(), temperature_N, row_N, count,
+        hidden_NH, weight_MH, bias_M, target_N.contiguous(), temperature_N, *listed,
         rows.shift_T, rows.offset_T, rows.slope_T, rows.target_T, dz_NM,
         # sizes
         M, H,

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.autograd.function import FunctionCtx
 
 from entrocraft.kernels.arguments import (
     HeadOptions,
@@ -123,7 +122,7 @@ def _rows_of(inv_temperature: float | Tensor, rows_N: Tensor) -> float | Tensor:
 
 class _LogitsLogprobEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: FunctionCtx, logit_TV, target_T, inv_temperature, options):
+    def forward(ctx, logit_TV, target_T, inv_temperature, options):
         ctx.set_materialize_grads(False)
         with no_autocast(logit_TV.device):
             values = finish(_forward(logit_TV, target_T, inv_temperature, options))
@@ -132,7 +131,8 @@ class _LogitsLogprobEntropy(torch.autograd.Function):
         return values.logprob_T, values.entropy_T, values.lse_T, values.p2_T, values.p2logp_T
 
     @staticmethod
-    def backward(ctx, grad_logprob_T, grad_entropy_T, grad_lse_T, *_):
+    def backward(ctx, *grads):
+        grad_logprob_T, grad_entropy_T, grad_lse_T, *_ = grads
         logit_TV, target_T, shift_T, log_s0_T, entropy_T = ctx.saved_tensors
         with torch.no_grad(), no_autocast(logit_TV.device):
             rows = row_coefficients(

@@ -68,7 +68,13 @@ class RowCoefficients(NamedTuple):
 
     def pick(self, rows: Tensor | slice) -> RowCoefficients:
         """The coefficients of some rows."""
-        return RowCoefficients(*(None if field is None else field[rows] for field in self))
+        return RowCoefficients(
+            self.shift_T[rows],
+            self.offset_T[rows],
+            None if self.slope_T is None else self.slope_T[rows],
+            None if self.target_T is None else self.target_T[rows],
+            self.active_T[rows],
+        )
 
 
 def neutral_sums(T: int, *, collision: bool, like: Tensor, dtype: torch.dtype) -> Tensor:

@@ -70,9 +70,14 @@ class TokenStats:
             raise ValueError("parts is empty; expected at least one TokenStats to concatenate")
         if len({part.p2_T is None for part in parts}) > 1:
             raise ValueError("some parts have p2_T and some do not; compute all of them with the same collision=")
-        names = [name for name in TokenStats.__slots__ if getattr(parts[0], name) is not None]
-        return TokenStats(**{name: torch.cat([getattr(part, name) for part in parts]) for name in names})
+        columns = {name: [getattr(part, name) for part in parts] for name in TokenStats.__slots__}
+        return TokenStats(**{name: torch.cat(column) for name, column in columns.items() if column[0] is not None})
 
     def _map(self, change: Callable[[Tensor], Tensor]) -> TokenStats:
-        fields = {name: getattr(self, name) for name in self.__slots__}
-        return TokenStats(**{name: None if field is None else change(field) for name, field in fields.items()})
+        return TokenStats(
+            logprob_T=change(self.logprob_T),
+            entropy_T=change(self.entropy_T),
+            lse_T=change(self.lse_T),
+            p2_T=None if self.p2_T is None else change(self.p2_T),
+            p2logp_T=None if self.p2logp_T is None else change(self.p2logp_T),
+        )
