@@ -138,6 +138,8 @@ def _check(
             )
         if len(names_R) and int(names_R.min()) < 0:
             raise ValueError(f"{name} must be >= 0, got {int(names_R.min())}")
+    if sample_R is not None and len(torch.unique(torch.stack((group_R, sample_R)), dim=1)[0]) < len(group_R):
+        raise ValueError("(group_R, sample_R) must name each rollout once, got some pair twice")
     check_packing(rollout_T, mask_T, len(group_R))
     if len(stats) != len(rollout_T):
         raise ValueError(f"stats holds {len(stats)} tokens and rollout_T {len(rollout_T)}: expected the same tokens")

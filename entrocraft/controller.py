@@ -12,18 +12,11 @@ from torch import Tensor
 
 from entrocraft import rules
 from entrocraft.bands import Band, band, check_reachable
-from entrocraft.batch import Batch, masked, per_rollout
+from entrocraft.batch import Batch
 from entrocraft.decision import Decision, entropy_metrics, keep_metrics
 from entrocraft.guard import Guard
 from entrocraft.kernels.token_stats import TokenStats
-from entrocraft.prediction import (
-    Gain,
-    LossFn,
-    change_from_gradient,
-    check_temperature,
-    entropy_discriminator,
-    predicted_entropy_change,
-)
+from entrocraft.prediction import BatchChange, Gain, LossFn, check_temperature
 from entrocraft.rules import Rule, RuleInputs, Verdict
 from entrocraft.schedules import Schedule
 
@@ -65,13 +58,6 @@ class _Aim(NamedTuple):
     high: float
     direction: int
     need: float
-
-
-class _Change(NamedTuple):
-    """Predicted entropy change on the host, 0 outside the mask: of each token, and summed over each rollout."""
-
-    change_T: np.ndarray
-    change_R: np.ndarray
 
 
 class _Judgement(NamedTuple):
@@ -162,36 +148,25 @@ class EntropyController:
         batch = Batch.of(stats, rollout_T, group_R, advantage_R, reward_R=reward_R, mask_T=mask_T, sample_R=sample_R)
         state = self._observed(step, batch.entropy)
         aim = self._aim(step, batch.entropy, state)
-        change = _predict(stats, batch, batch.advantage_R, loss_fn, temperature)
+        change = BatchChange.of(stats, batch, advantage_R=batch.advantage_R, loss_fn=loss_fn, temperature=temperature)
         judgement = self._judge(batch, aim, change, state, step)
-        verdict = judgement.verdict
-        used = change
-        if change is not None and not np.array_equal(verdict.advantage_R, batch.advantage_R):
-            # loss_fn holds the old advantages; the replaced ones are judged by plain policy gradient.
-            used = _predict(stats, batch, verdict.advantage_R, None, temperature)
-        predicted = _kept_sum(used, verdict, batch)
+        verdict, used = judgement.verdict, change
+        if not np.array_equal(verdict.advantage_R, batch.advantage_R):
+            # loss_fn holds the given advantages; those a rule puts in their place go by plain policy gradient.
+            used = BatchChange.of(stats, batch, advantage_R=verdict.advantage_R, loss_fn=None, temperature=temperature)
+        kept = math.nan if used is None else used.kept(verdict.keep_R, verdict.keep_T, batch.rollout_T)
         metrics = entropy_metrics(batch) | keep_metrics(batch, verdict)
-        metrics |= self._control_metrics(aim, state, batch.entropy, change, predicted)
+        metrics |= _control_metrics(aim, state, batch.entropy, change, kept)
         metrics["bypassed"] = float(judgement.bypassed)
         self._state = replace(
             state,
             decided=state.decided + 1,
             step=step,
             entropy=batch.entropy,
-            predicted=None if math.isnan(predicted) else predicted,
+            predicted=None if math.isnan(kept) else kept,
             kept_fraction=metrics["kept_fraction"],
         )
-        device = stats.logprob_T.device
-        keep_T = verdict.keep_R[batch.rollout_T] if verdict.keep_T is None else verdict.keep_T
-        return Decision(
-            keep_T=torch.from_numpy(keep_T).to(device),
-            keep_R=torch.from_numpy(verdict.keep_R).to(device),
-            advantage_R=torch.from_numpy(verdict.advantage_R).float().to(device),
-            direction=aim.direction,
-            bypassed=judgement.bypassed,
-            reason=judgement.reason,
-            metrics=metrics,
-        )
+        return _decision(batch, aim, judgement, metrics, stats.logprob_T.device)
 
     def forget_prediction(self) -> None:
         """Say that the last decision led to no update (a skipped step), so that no gain is learnt from it."""
@@ -253,7 +228,9 @@ class EntropyController:
             )
         return aim
 
-    def _judge(self, batch: Batch, aim: _Aim, change: _Change | None, state: ControllerState, step: int) -> _Judgement:
+    def _judge(
+        self, batch: Batch, aim: _Aim, change: BatchChange | None, state: ControllerState, step: int
+    ) -> _Judgement:
         """The rule's verdict, or everything kept where the warm-up or the guard says so."""
         verdict = self._rule(
             RuleInputs(
@@ -286,62 +263,44 @@ class EntropyController:
             kept = f"kept {tokens} of {len(batch.entropy_N)} tokens"
         return _Judgement(verdict, bypassed=False, reason=f"{place}: {self._rule} {kept}")
 
-    def _control_metrics(
-        self, aim: _Aim, state: ControllerState, entropy: float, change: _Change | None, predicted: float
-    ) -> dict[str, float]:
-        assert state.anchor is not None, "set when the batch was observed"
-        assert state.excess is not None, "set together with the anchor"
-        return {
-            "target": aim.target,
-            "band_low": aim.low,
-            "band_high": aim.high,
-            "direction": float(aim.direction),
-            "error": entropy - aim.target,
-            "need": aim.need,
-            "gain": state.gain,
-            "predicted_change_all": math.nan if change is None else math.fsum(change.change_R),
-            "predicted_change_kept": predicted,
-            "predicted_change": state.gain * predicted,
-            "realised_change": math.nan if state.entropy is None else entropy - state.entropy,
-            "target_start_excess": state.excess,
-            "target_start_far_above": float(_far_above(state.excess, state.anchor)),
-        }
+
+def _decision(
+    batch: Batch, aim: _Aim, judgement: _Judgement, metrics: dict[str, float], device: torch.device
+) -> Decision:
+    verdict = judgement.verdict
+    keep_T = verdict.keep_R[batch.rollout_T] if verdict.keep_T is None else verdict.keep_T
+    return Decision(
+        keep_T=torch.from_numpy(keep_T).to(device),
+        keep_R=torch.from_numpy(verdict.keep_R).to(device),
+        advantage_R=torch.from_numpy(verdict.advantage_R).float().to(device),
+        direction=aim.direction,
+        bypassed=judgement.bypassed,
+        reason=judgement.reason,
+        metrics=metrics,
+    )
+
+
+def _control_metrics(
+    aim: _Aim, state: ControllerState, entropy: float, change: BatchChange | None, kept: float
+) -> dict[str, float]:
+    assert state.anchor is not None, "set when the batch was observed"
+    assert state.excess is not None, "set together with the anchor"
+    return {
+        "target": aim.target,
+        "band_low": aim.low,
+        "band_high": aim.high,
+        "direction": float(aim.direction),
+        "error": entropy - aim.target,
+        "need": aim.need,
+        "gain": state.gain,
+        "predicted_change_all": math.nan if change is None else math.fsum(change.change_R),
+        "predicted_change_kept": kept,
+        "predicted_change": state.gain * kept,
+        "realised_change": math.nan if state.entropy is None else entropy - state.entropy,
+        "target_start_excess": state.excess,
+        "target_start_far_above": float(_far_above(state.excess, state.anchor)),
+    }
 
 
 def _far_above(excess: float, entropy: float) -> bool:
     return excess > max(_FAR_ABOVE_SHARE * entropy, _FAR_ABOVE_NATS)
-
-
-def _predict(
-    stats: TokenStats,
-    batch: Batch,
-    advantage_R: np.ndarray,
-    loss_fn: LossFn | None,
-    temperature: float | Tensor,
-) -> _Change | None:
-    """The predicted change under loss_fn, or plain policy gradient with advantage_R; None without p2 in stats."""
-    if stats.p2_T is None:
-        return None
-    if loss_fn is not None:
-        change = predicted_entropy_change(stats, loss_fn, temperature=temperature)
-    else:
-        s_T, sbar_T = entropy_discriminator(stats)
-        # The gradient of -sum(mask A logprob) / sum(mask), written down.
-        gradient_R = torch.as_tensor(-advantage_R / len(batch.entropy_N), dtype=s_T.dtype, device=s_T.device)
-        rollout_T = torch.as_tensor(batch.rollout_T, device=s_T.device)
-        change = change_from_gradient(gradient_R[rollout_T], s_T, sbar_T, temperature)
-    change_T = masked(change.cpu().numpy(), batch.mask_T)
-    change_R = per_rollout(change_T, batch.rollout_T, len(batch.group_R))
-    if not np.isfinite(change_R).all():
-        raise ValueError("the predicted entropy change is not finite: loss_fn's gradient or the statistics hold NaN")
-    return _Change(change_T, change_R)
-
-
-def _kept_sum(change: _Change | None, verdict: Verdict, batch: Batch) -> float:
-    """Sum of the predicted change over what is kept; NaN where nothing could be predicted."""
-    if change is None:
-        return math.nan
-    if verdict.keep_T is None:
-        return math.fsum(change.change_R[verdict.keep_R])
-    kept_T = masked(change.change_T, verdict.keep_T)
-    return math.fsum(per_rollout(kept_T, batch.rollout_T, len(batch.group_R)))

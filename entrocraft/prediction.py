@@ -24,9 +24,11 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from entrocraft.batch import Batch, masked, per_rollout
 from entrocraft.kernels.token_stats import TokenStats
 
 LossFn = Callable[[Tensor], Tensor]
@@ -111,6 +113,51 @@ def check_temperature(temperature: float | Tensor, tokens: int) -> None:
         worst, finite = temperature, math.isfinite(temperature)
     if not finite or not worst > 0:
         raise ValueError(f"temperature = {worst!r}: expected > 0 and finite; sampling used 1.0 unless told otherwise")
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class BatchChange:
+    """The predicted change of a batch on the host, NumPy: of each token (0 outside the mask), summed by rollout."""
+
+    change_T: np.ndarray
+    change_R: np.ndarray
+
+    @staticmethod
+    def of(
+        stats: TokenStats,
+        batch: Batch,
+        *,
+        advantage_R: np.ndarray,
+        loss_fn: LossFn | None,
+        temperature: float | Tensor,
+    ) -> "BatchChange | None":
+        """Under `loss_fn`, or if it is None under plain policy gradient with `advantage_R`, token mean.
+
+        None where the statistics lack p2_T. Raises ValueError where the prediction is not finite.
+        """
+        if stats.p2_T is None:
+            return None
+        if loss_fn is not None:
+            change = predicted_entropy_change(stats, loss_fn, temperature=temperature)
+        else:
+            s_T, sbar_T = entropy_discriminator(stats)
+            # The gradient of -sum(mask A logprob) / sum(mask), written down.
+            gradient_R = torch.as_tensor(-advantage_R / len(batch.entropy_N), dtype=s_T.dtype, device=s_T.device)
+            rollout_T = torch.as_tensor(batch.rollout_T, device=s_T.device)
+            change = change_from_gradient(gradient_R[rollout_T], s_T, sbar_T, temperature)
+        change_T = masked(change.cpu().numpy(), batch.mask_T)
+        change_R = per_rollout(change_T, batch.rollout_T, len(batch.group_R))
+        if not np.isfinite(change_R).all():
+            raise ValueError(
+                "the predicted entropy change is not finite: loss_fn's gradient or the statistics hold NaN or inf"
+            )
+        return BatchChange(change_T, change_R)
+
+    def kept(self, keep_R: np.ndarray, keep_T: np.ndarray | None, rollout_T: np.ndarray) -> float:
+        """Sum over the kept rollouts, or over the kept tokens where single tokens were judged."""
+        if keep_T is None:
+            return math.fsum(self.change_R[keep_R])
+        return math.fsum(per_rollout(masked(self.change_T, keep_T), rollout_T, len(keep_R)))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

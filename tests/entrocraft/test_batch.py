@@ -88,6 +88,7 @@ def test_rollouts_without_a_token_and_masked_nan(scored_batch: Callable[..., Any
         (lambda b: {"group_R": b.group_R - 1}, "group_R must be >= 0, got -1"),
         (lambda b: {"group_R": b.group_R.int()}, "group_R must be one-dimensional int64"),
         (lambda b: {"sample_R": b.sample_R[1:]}, "sample_R must be one-dimensional int64 like group_R"),
+        (lambda b: {"sample_R": b.sample_R // 2}, "must name each rollout once, got some pair twice"),
         (lambda b: {"advantage_R": b.advantage_R[b.rollout_T]}, "give their mean over each rollout"),
         (lambda b: {"advantage_R": b.advantage_R * math.nan}, "advantage_R is not finite"),
         (lambda b: {"reward_R": b.reward_R[:3]}, "reward_R has shape (3,)"),
