@@ -59,8 +59,9 @@ def test_against_numpy(name: str, pairs: list[tuple[float, int]]) -> None:
 @pytest.mark.parametrize("value", [0.1, 0.7, 1.0 / 3.0, -1.0])
 @pytest.mark.parametrize("size", [2, 3, 7, 8])
 def test_equal_rewards_give_exactly_nothing(name: str, value: float, size: int) -> None:
-    # The rounded mean of eight 0.1 is not 0.1; 1e-17 / 1e-6 would be an advantage and an update of noise.
-    got = advantages.build(name)(torch.full((size,), value), torch.zeros(size, dtype=torch.int64))
+    # The rounded mean of three 0.1 is not 0.1; 1e-17 / 1e-6 would be an advantage, and count as one.
+    reward_R = torch.full((size,), value, dtype=torch.float64)
+    got = advantages.build(name)(reward_R, torch.zeros(size, dtype=torch.int64))
     assert got.tolist() == [0.0] * size
 
 
