@@ -214,7 +214,7 @@ def dlogits_kernel(
         HAS_BIAS, HAS_SOFTCAP, ROW_TEMPERATURE, UPCAST, BLOCK_T, BLOCK_V, BLOCK_H,
     )  # fmt: skip
     u = z - tl.load(shift_ptr + t, mask=t_mask, other=0.0)[:, None]
-    u = tl.where(u < U_MIN, U_MIN, u)
+    u = tl.where((u < U_MIN) | ~v_mask[None, :], U_MIN, u)
     factor = tl.load(offset_ptr + t, mask=t_mask, other=0.0)[:, None]
     if HAS_SLOPE:
         factor += tl.load(slope_ptr + t, mask=t_mask, other=0.0)[:, None] * u

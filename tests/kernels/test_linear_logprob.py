@@ -185,8 +185,7 @@ def test_extreme_logits(make_head, check_head, kind, dtype):
         head.weight_VH[:H].fill_diagonal_(1.0)
         head.weight_VH[H : 2 * H].fill_diagonal_(-1.0)
         head.target_T = torch.arange(T, device=head.target_T.device)
-    # Sums of integers up to 8e4 are exact in fp32: only log and exp round.
-    stats = check_head(head, floor=2e-6 if kind != "huge" else 4e-3, grad_floor=1e-5 if kind != "huge" else 0.1)
+    stats = check_head(head)
     assert float(stats.logprob_T.max()) < 1e-6
     assert float(stats.entropy_T.min()) >= -1e-6
     assert float(stats.entropy_T.max()) <= math.log(V) + 1e-6
@@ -218,6 +217,8 @@ def test_impossible_target_has_log_probability_minus_infinity(make_head, check_h
     assert check_head(head).logprob_T[1] == -torch.inf
 
 
+# The interpreter computes with numpy, which warns where a GPU is silent.
+@pytest.mark.filterwarnings("ignore:(invalid value|overflow|All-NaN):RuntimeWarning")
 @pytest.mark.parametrize("poison", [torch.nan, torch.inf], ids=str)
 def test_a_bad_row_is_seen_and_stays_alone(make_head, poison):
     head = make_head(9, 131, 5, collision=True)
