@@ -282,7 +282,7 @@ def check_runs_folder(runs: Path | None = None) -> Iterable[Finding]:
         with tempfile.TemporaryFile(dir=folder):
             yield Finding("runs/", "ok", f"{folder} can be written")
     except OSError as error:
-        remedy = "start from a folder of your own, or set `output_dir`"
+        remedy = "start from a folder of your own, or set `run_dir`"
         yield Finding("runs/", "fail", f"{folder} cannot be written: {error.strerror}", remedy)
 
 

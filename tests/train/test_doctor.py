@@ -174,7 +174,7 @@ def test_runs_folder(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     (blocked,) = doctor.check_runs_folder(tmp_path / "file" / "runs")
     assert blocked.level == "fail"
-    assert "output_dir" in blocked.remedy
+    assert "run_dir" in blocked.remedy
 
 
 def test_links_of_a_checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
