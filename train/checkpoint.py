@@ -26,7 +26,8 @@ _STATE = "state.json"
 
 
 def model_fingerprint(model: nn.Module) -> str:
-    """A short digest of the names, shapes and types of all parameters: two models that differ in it cannot share weights."""
+    """A short digest of the names, shapes and types of all parameters: two models that differ in it cannot share
+    weights."""
     described = [f"{name} {tuple(p.shape)} {p.dtype}" for name, p in sorted(model.named_parameters())]
     return hashlib.sha256("\n".join(described).encode()).hexdigest()[:16]
 
@@ -75,7 +76,8 @@ class CheckpointFolder:
         return sorted(folder for folder in self.root.glob("step_*") if folder.suffix == "" and is_whole(folder))
 
     def broken(self) -> list[Path]:
-        """Folders that look like checkpoints and are not whole: a write that was cut off, or files that were changed."""
+        """Folders that look like checkpoints and are not whole: a write that was cut off, or files that were
+        changed."""
         return sorted(folder for folder in self.root.glob("step_*") if folder.suffix != "" or not is_whole(folder))
 
     def save(self, step: int, model: nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> Path:
@@ -122,8 +124,8 @@ class CheckpointFolder:
         if state["model_fingerprint"] != model_fingerprint(model):
             raise ValueError(
                 f"{folder} holds another model (fingerprint {state['model_fingerprint']}, this one is "
-                f"{model_fingerprint(model)}): names, shapes or types of parameters differ. Resume with the model it was "
-                "written by, or choose another run_dir"
+                f"{model_fingerprint(model)}): names, shapes or types of parameters differ. Resume with the model "
+                "it was written by, or choose another run_dir"
             )
         weights, moments = get_state_dict(model, optimizer)
         tensors = {"model": weights, "optimizer": moments, "torch_rng": torch.get_rng_state()}

@@ -1,7 +1,7 @@
 """Every setting of a run, as frozen dataclasses.
 
-The line under each field is its documentation and its `--help`. Nothing overwrites a given value later; derived numbers are
-properties. `config_reader.py` fills these from files and the command line.
+The line under each field is its documentation and its `--help`. Nothing overwrites a given value later; derived
+numbers are properties. `config_reader.py` fills these from files and the command line.
 """
 
 from dataclasses import dataclass, field
@@ -110,7 +110,8 @@ class BatchConfig:
     updates_per_step: int = 1
     """Optimizer updates made from one step's rollouts; each takes an equal share of the prompts."""
     tokens_per_microbatch: int = 16384
-    """Most tokens (prompt, response and padding) in one forward and backward pass. Changes memory and speed, never results."""
+    """Most tokens (prompt, response and padding) in one forward and backward pass. Changes memory and speed, never
+    results."""
 
     def __post_init__(self) -> None:
         for name in ("prompts_per_step", "samples_per_prompt", "updates_per_step", "tokens_per_microbatch"):
@@ -203,8 +204,8 @@ class LossConfig:
     dual_clip: float | None = 3.0
     """Bound on the loss of a negative advantage, as a multiple of it; empty is off."""
     aggregation: str = "token_mean"
-    """What the loss is divided by: `token_mean`, `seq_mean_token_sum`, `seq_mean_token_mean`, `seq_mean_token_sum_norm`,
-    `kept_tokens` or `eq5`."""
+    """What the loss is divided by: `token_mean`, `seq_mean_token_sum`, `seq_mean_token_mean`,
+    `seq_mean_token_sum_norm`, `kept_tokens` or `eq5`."""
     passes: int = 1
     """Times each rollout is used; above 1 clipping comes into play."""
 
@@ -217,8 +218,8 @@ class ScheduleConfig:
     """The entropy curve to follow, in nats per token."""
 
     kind: str = "linear"
-    """`constant`, `linear`, `cosine`, `exponential`, `piecewise`, `oscillate`, or `package.module:function`, called with the
-    number of steps, which returns a function from step to nats."""
+    """`constant`, `linear`, `cosine`, `exponential`, `piecewise`, `oscillate`, or `package.module:function`, called
+    with the number of steps, which returns a function from step to nats."""
     start: float | Literal["measured"] = "measured"
     """Entropy at step 0; `measured` takes what the model has when training starts."""
     end: float = 0.5
@@ -238,7 +239,8 @@ class EntropyConfig:
     """Entropy control."""
 
     preset: str | None = None
-    """`paper_v1`, `paper_v2` or `paper_code`: sets rule and aggregation as the source has them. Excludes `entropy.rule`."""
+    """`paper_v1`, `paper_v2` or `paper_code`: sets rule and aggregation as the source has them. Excludes
+    `entropy.rule`."""
     rule: str | None = None
     """`none`, `soft`, `hard`, `switch`, `first_order` or `budget`."""
     level: Literal["sequence", "token"] = "sequence"
@@ -335,7 +337,8 @@ class Config:
     run_dir: str = "runs/default"
     """Folder of everything this run writes."""
     resume: Literal["auto", "never"] = "never"
-    """`auto` goes on from the newest whole checkpoint in `run_dir`, or starts; `never` refuses a folder that has one."""
+    """`auto` goes on from the newest whole checkpoint in `run_dir`, or starts; `never` refuses a folder that has
+    one."""
     seed: int = 0
     """Seed of everything random."""
     device: str = "auto"

@@ -40,8 +40,8 @@ def _imported(path: str, steps: int) -> Schedule:
 def build_controller(config: Config, *, vocab_size: int) -> tuple[EntropyController, str]:
     """The controller, and the aggregation of the loss that goes with it.
 
-    A preset brings its own aggregation; otherwise it is `loss.aggregation`. Raises ValueError for an unknown rule, preset
-    or schedule, naming the nearest.
+    A preset brings its own aggregation; otherwise it is `loss.aggregation`. Raises ValueError for an unknown rule,
+    preset or schedule, naming the nearest.
     """
     entropy = config.entropy
     if entropy.preset is not None:

@@ -2,10 +2,10 @@
 
     make demo                                   # or: python train/demo.py --seed 2 --out runs/demo_seed2
 
-A byte-level Qwen3 is warm-started on the spot (cached for the next time), then trained by real GRPO to write two numbers
-that add up to N, in three arms that differ in one line of configuration: `none` (plain GRPO), `soft` (the paper's rule,
-arXiv 2604.26326 v1) and `budget` (this project's rule). Everything runs through the same code as a large run: config
-file, fused op, controller, loop, checkpoint, report. Interrupted, it goes on where it stopped.
+A byte-level Qwen3 is warm-started on the spot (cached for the next time), then trained by real GRPO to write two
+numbers that add up to N, in three arms that differ in one line of configuration: `none` (plain GRPO), `soft` (the
+paper's rule, arXiv 2604.26326 v1) and `budget` (this project's rule). Everything runs through the same code as a
+large run: config file, fused op, controller, loop, checkpoint, report. Interrupted, it goes on where it stopped.
 """
 
 import argparse
@@ -55,9 +55,10 @@ def arm_config(arm: str, out: Path, model: Path, data: tuple[Path, Path], seed: 
 def arm_summary(rows: list[dict[str, Any]], samples: int) -> dict[str, Any]:
     """What a finished arm did, in numbers. Means over steps leave out steps that were skipped.
 
-    entropy, target: nats per token, at each step. tracking_mae: mean |entropy - target| over the steps after the first
-    third, nats. reward, pass_at_n, distinct_correct (of n): on held-out prompts after the last step; reward is the share of
-    right answers. kept_fraction: mean over steps. seconds: training alone, without warm start and start-up.
+    entropy, target: nats per token, at each step. tracking_mae: mean |entropy - target| over the steps after the
+    first third, nats. reward, pass_at_n, distinct_correct (of n): on held-out prompts after the last step; reward is
+    the share of right answers. kept_fraction: mean over steps. seconds: training alone, without warm start and
+    start-up.
     """
     entropy, target = [row.get("entropy") for row in rows], [row.get("target") for row in rows]
     errors = [abs(e - t) for e, t in zip(entropy, target, strict=True) if e is not None and t is not None]
@@ -83,7 +84,10 @@ def provenance() -> dict[str, Any]:
     git = ["git", "-C", str(Path(__file__).resolve().parent)]
     try:
         described = subprocess.run(
-            [*git, "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"], capture_output=True, text=True, check=True
+            [*git, "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"],
+            capture_output=True,
+            text=True,
+            check=True,
         )
         commit = described.stdout.strip()
     except (OSError, subprocess.CalledProcessError):
@@ -108,7 +112,16 @@ def _installed(name: str) -> bool:
 def show(summary: dict[str, Any], console: Console) -> None:
     """Prints the table of the arms."""
     table = Table(title=f"seed {summary['seed']}", title_justify="left")
-    for column in ("arm", "entropy", "tracking error", "held-out reward", "pass@8", "distinct right of 8", "kept", "seconds"):
+    for column in (
+        "arm",
+        "entropy",
+        "tracking error",
+        "held-out reward",
+        "pass@8",
+        "distinct right of 8",
+        "kept",
+        "seconds",
+    ):
         table.add_column(column, justify="left" if column == "arm" else "right")
     for name, arm in summary["arms"].items():
         table.add_row(
@@ -140,9 +153,15 @@ def begin_again(out: Path, configs: dict[str, Config]) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line entry; returns 0, or 130 when stopped by Ctrl-C (run it again to go on)."""
-    parser = argparse.ArgumentParser(prog="demo", description="Trains a tiny model three ways and draws its entropy curves.")
-    parser.add_argument("--seed", type=int, default=1, help="seed of model, data order and sampling (default: %(default)s)")
-    parser.add_argument("--out", type=Path, default=Path("runs/demo"), help="folder to write into (default: %(default)s)")
+    parser = argparse.ArgumentParser(
+        prog="demo", description="Trains a tiny model three ways and draws its entropy curves."
+    )
+    parser.add_argument(
+        "--seed", type=int, default=1, help="seed of model, data order and sampling (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--out", type=Path, default=Path("runs/demo"), help="folder to write into (default: %(default)s)"
+    )
     parser.add_argument("--arms", nargs="+", choices=list(ARMS), default=list(ARMS), help="which arms (default: all)")
     options, extra = parser.parse_known_args(argv)
     console, started = Console(), time.perf_counter()

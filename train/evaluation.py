@@ -56,9 +56,10 @@ def evaluate(
 ) -> dict[str, float]:
     """Draws `samples` responses to every problem and returns, under names that begin with `eval_`:
 
-    accuracy (share of right responses; no verdict counts as not right), reward (mean over verdicts), pass_at_n with
-    n = samples, distinct_correct (different right responses among the n, mean over problems), entropy (nats per token, at
-    the policy's scoring temperature) and no_verdict (responses without one). A response is right when its reward is >= 1.
+    accuracy (share of right responses; no verdict counts as not right), reward (mean over verdicts), pass_at_n with n
+    = samples, distinct_correct (different right responses among the n, mean over problems), entropy (nats per token,
+    at the policy's scoring temperature) and no_verdict (responses without one). A response is right when its reward
+    is >= 1.
     """
     rollouts = engine.sample(prompts, samples, stream=stream, temperature=temperature)
     texts = completion_texts(rollouts, policy)

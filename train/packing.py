@@ -1,9 +1,9 @@
 """Packs ragged sequences into micro-batches of bounded size.
 
-A micro-batch is a [B, L] block of token ids. L is its longest sequence; shorter ones share a row, one after the other,
-with position ids that start again at 0, from which transformers derives the block-diagonal causal mask. Padding stands at
-the end of a row, where causal attention never looks. So no token sees its neighbours in the pack, and the quadratic cost
-of attention is B L^2, not (B L)^2.
+A micro-batch is a [B, L] block of token ids. L is its longest sequence; shorter ones share a row, one after the
+other, with position ids that start again at 0, from which transformers derives the block-diagonal causal mask.
+Padding stands at the end of a row, where causal attention never looks. So no token sees its neighbours in the pack,
+and the quadratic cost of attention is B L^2, not (B L)^2.
 """
 
 import heapq
@@ -42,7 +42,8 @@ class MicroBatch:
 def _fill_rows(lengths: list[int], budget: int) -> list[list[tuple[int, int, int]]]:
     """Places sequences, longest first, each in the row with most room; opens a new micro-batch when none has room.
 
-    Returns, for each micro-batch, (sequence, row, offset). B * L <= budget, with L the first, longest sequence's length.
+    Returns, for each micro-batch, (sequence, row, offset). B * L <= budget, with L the first, longest sequence's
+    length.
     """
     batches: list[list[tuple[int, int, int]]] = []
     rows: list[tuple[int, int]] = []  # (-room, row), most room first
@@ -65,8 +66,8 @@ def _fill_rows(lengths: list[int], budget: int) -> list[list[tuple[int, int, int
 def pack(rollouts: Rollouts, chosen: Sequence[int], tokens_per_microbatch: int) -> list[MicroBatch]:
     """Packs the rollouts with the indices `chosen` into micro-batches of at most `tokens_per_microbatch` tokens.
 
-    The result depends on the lengths alone, so the same rollouts are packed alike on every run. Raises ValueError when one
-    sequence, prompt and response together, is longer than the budget.
+    The result depends on the lengths alone, so the same rollouts are packed alike on every run. Raises ValueError
+    when one sequence, prompt and response together, is longer than the budget.
     """
     start_R = [0, *torch.cumsum(rollouts.length_R, 0).tolist()]
     group_R = rollouts.group_R.tolist()
@@ -76,8 +77,8 @@ def pack(rollouts: Rollouts, chosen: Sequence[int], tokens_per_microbatch: int) 
     if lengths and max(lengths) > tokens_per_microbatch:
         worst = max(range(len(lengths)), key=lengths.__getitem__)
         raise ValueError(
-            f"batch.tokens_per_microbatch = {tokens_per_microbatch}: rollout {chosen[worst]} has {lengths[worst]} tokens, "
-            "prompt and response together; raise the budget, or lower sampling.max_response_tokens"
+            f"batch.tokens_per_microbatch = {tokens_per_microbatch}: rollout {chosen[worst]} has {lengths[worst]} "
+            "tokens, prompt and response together; raise the budget, or lower sampling.max_response_tokens"
         )
     return [
         _block(placed, lengths, prompts, [chosen[s] for s, _, _ in placed], start_R, rollouts)

@@ -41,7 +41,8 @@ class Policy:
 
     @classmethod
     def load(cls, config: ModelConfig, *, temperature: float, device: torch.device, seed: int) -> "Policy":
-        """The model at `config.path` (safetensors only, no remote code unless asked), or the tiny one built from `seed`.
+        """The model at `config.path` (safetensors only, no remote code unless asked), or the tiny one built from
+        `seed`.
 
         Raises FileNotFoundError for a local path that does not exist; whatever transformers raises for a bad one.
         """
@@ -49,6 +50,7 @@ class Policy:
             model, tokenizer = build_tiny_model(config.tiny, seed)
             model = model.to(dtype=getattr(torch, config.dtype))
         else:
+            disable_progress_bar()
             if config.path.startswith((".", "/", "~")) and not Path(config.path).expanduser().is_dir():
                 raise FileNotFoundError(f"model.path = {config.path!r}: no such folder")
             remote = config.trust_remote_code

@@ -1,6 +1,5 @@
 """Everything a run holds: what is built once before the first step, and what a checkpoint must bring back."""
 
-import math
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ from entrocraft.train.config import Config
 from entrocraft.train.config_reader import differences, save_config, to_dict
 from entrocraft.train.control import build_controller
 from entrocraft.train.data import Problem, PromptOrder, drop_long, encode_prompts, load_problems
+from entrocraft.train.errors import NonFiniteError, TrainingStopped
 from entrocraft.train.metrics import MetricsLog
 from entrocraft.train.policy import Policy, choose_device
 from entrocraft.train.sampling import HuggingFaceEngine
@@ -47,13 +47,22 @@ def load_prompts(path: str, policy: Policy, config: Config) -> tuple[list[Proble
         answer_pattern=data.answer_pattern,
         limit=data.limit,
     )
-    encoded = encode_prompts(
-        problems,
-        policy.tokenizer,
-        chat_template=data.chat_template,
-        max_prompt_tokens=min(data.max_prompt_tokens, room),
-        on_long=data.on_long,
-    )
+    limit = min(data.max_prompt_tokens, room)
+    try:
+        encoded = encode_prompts(
+            problems,
+            policy.tokenizer,
+            chat_template=data.chat_template,
+            max_prompt_tokens=limit,
+            on_long=data.on_long,
+        )
+    except ValueError as error:
+        if limit == data.max_prompt_tokens:
+            raise
+        response = config.sampling.max_response_tokens
+        raise ValueError(
+            f"{error} (the limit is the model's context of {policy.context} tokens less {response} for the response)"
+        ) from None
     kept, prompts, dropped = drop_long(problems, encoded)
     return kept, prompts, len(dropped)
 
@@ -104,8 +113,8 @@ class Run:
             return
         if self.config.resume == "never":
             raise ValueError(
-                f"run_dir = {self.config.run_dir!r} already holds a run ({whole[-1].name}); go on with --resume auto, or "
-                "choose another run_dir"
+                f"run_dir = {self.config.run_dir!r} already holds a run ({whole[-1].name}); go on with --resume auto, "
+                "or choose another run_dir"
             )
         old = yaml.safe_load((self.dir / "config.yaml").read_text())
         changed = [line for line in differences(old, to_dict(self.config)) if not line.startswith(_FREE_ON_RESUME)]
@@ -174,6 +183,7 @@ class Run:
             mask_T=rollouts.mask_T,
             loss_fn=lambda logprob_T: (weight_T * loss(logprob_T, stats.logprob_T, advantage_T)).sum(),
             temperature=self.config.sampling.temperature,
+            sample_R=rollouts.sample_R,
         )
 
     def evaluation_options(self) -> dict[str, Any]:
@@ -191,6 +201,7 @@ class Run:
         `torch.load(path, weights_only=True)` reads the batch back.
         """
         self.optimizer.zero_grad(set_to_none=True)
+        self.controller.forget_prediction()  # no gain is learnt from an update that was not made
         self.bad_in_a_row += 1
         path = self.dir / "bad_batches" / f"step_{self.step:06d}.pt"
         path.parent.mkdir(exist_ok=True)
@@ -199,11 +210,11 @@ class Run:
         log.event("step_skipped", step=self.step, reason=reason, batch=str(path))
 
     def stop_for_bad_steps(self) -> None:
-        """Raises ArithmeticError: too many steps in a row could not be trained on."""
-        raise ArithmeticError(
+        """Raises TrainingStopped: too many steps in a row could not be trained on."""
+        raise TrainingStopped(
             f"{self.bad_in_a_row} steps in a row had a loss, gradient or score that is not a number, the last at step "
-            f"{self.step}; their batches are in {self.dir / 'bad_batches'}. No checkpoint holds these steps' weights "
-            "unless checkpoint.every fell among them. Lower optimizer.lr or look at the data, then --resume auto"
+            f"{self.step}. Their batches are in {self.dir / 'bad_batches'}, the reasons in events.jsonl; the weights "
+            "are those of the last good update. Look at the data or lower optimizer.lr, then go on in another run_dir"
         )
 
     def batch_table(self) -> list[tuple[str, str]]:
@@ -234,6 +245,9 @@ class Run:
         ]
 
 
-def finite(stats: TokenStats) -> bool:
-    """Whether log-probabilities and entropies are all numbers."""
-    return bool(torch.isfinite(stats.logprob_T).all()) and math.isfinite(stats.entropy_T.sum().item())
+def check_finite(stats: TokenStats) -> None:
+    """Raises NonFiniteError unless all log-probabilities and entropies are numbers."""
+    for name, value_T in (("log-probability", stats.logprob_T), ("entropy", stats.entropy_T)):
+        bad = int((~torch.isfinite(value_T)).sum())
+        if bad:
+            raise NonFiniteError(f"the scored {name} of {bad} of {len(value_T)} tokens is not a number")

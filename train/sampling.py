@@ -10,6 +10,7 @@ from transformers import GenerationConfig, PreTrainedModel
 
 from entrocraft import Rollouts
 from entrocraft.train.config import SamplingConfig
+from entrocraft.train.errors import NonFiniteError
 
 
 class RolloutEngine(Protocol):
@@ -20,7 +21,8 @@ class RolloutEngine(Protocol):
         ...
 
     def sample(self, prompts: Sequence[tuple[int, ...]], samples_per_prompt: int, *, stream: Sequence[int]) -> Rollouts:
-        """Draws `samples_per_prompt` responses to each prompt. Equal weights, prompts and `stream` give equal rollouts."""
+        """Draws `samples_per_prompt` responses to each prompt. Equal weights, prompts and `stream` give equal
+        rollouts."""
         ...
 
 
@@ -30,7 +32,8 @@ def stream_seed(*stream: int) -> int:
 
 
 class HuggingFaceEngine:
-    """Generates with `transformers`' own `generate`, from the very module that is trained: nothing to copy or publish."""
+    """Generates with `transformers`' own `generate`, from the very module that is trained: nothing to copy or
+    publish."""
 
     def __init__(self, model: PreTrainedModel, config: SamplingConfig, *, eos_ids: Sequence[int], pad_id: int) -> None:
         self.model = model
@@ -55,8 +58,8 @@ class HuggingFaceEngine:
     ) -> Rollouts:
         """Draws R = P x G responses, with random numbers that are a function of `stream` alone.
 
-        `temperature` overrides the configured one (evaluation). A response ends with its end mark, which is part of it, or
-        is truncated at `sampling.max_response_tokens`.
+        `temperature` overrides the configured one (evaluation). A response ends with its end mark, which is part of
+        it, or is truncated at `sampling.max_response_tokens`.
         """
         group_R = torch.arange(len(prompts)).repeat_interleave(samples_per_prompt)
         rows = [prompts[g] for g in group_R.tolist()]
@@ -93,19 +96,26 @@ class HuggingFaceEngine:
             input_RL[r, width - len(row) :] = torch.tensor(row)
             mask_RL[r, width - len(row) :] = 1
         device = self.model.device
-        output_RL = self.model.generate(
-            input_RL.to(device),
-            attention_mask=mask_RL.to(device),
-            generation_config=GenerationConfig(
-                do_sample=True,
-                temperature=temperature,
-                top_p=self.config.top_p,
-                top_k=self.config.top_k,
-                max_new_tokens=self.config.max_response_tokens,
-                eos_token_id=self.eos_ids,
-                pad_token_id=self.pad_id,
-            ),
+        settings = GenerationConfig(
+            do_sample=True,
+            temperature=temperature,
+            top_p=self.config.top_p,
+            top_k=self.config.top_k,
+            max_new_tokens=self.config.max_response_tokens,
+            eos_token_id=self.eos_ids,
+            pad_token_id=self.pad_id,
         )
+        try:
+            output_RL = self.model.generate(
+                input_RL.to(device), attention_mask=mask_RL.to(device), generation_config=settings
+            )
+        except RuntimeError as error:
+            if "probability tensor contains" not in str(error):
+                raise
+            raise NonFiniteError(
+                f"the policy of weight version {self.version} gives probabilities that are not numbers: its weights "
+                "are broken, and no rollout can be drawn from it. Go back to an earlier checkpoint, or another model"
+            ) from None
         assert isinstance(output_RL, Tensor)
         response_RL = output_RL[:, width:].cpu()
         end_RL = torch.isin(response_RL, torch.tensor(self.eos_ids))

@@ -13,12 +13,9 @@ from torch import Tensor
 from entrocraft import Decision, Rollouts, TokenStats
 from entrocraft.losses import PPOClip, token_weights
 from entrocraft.train.config import Config
+from entrocraft.train.errors import NonFiniteError
 from entrocraft.train.packing import pack
 from entrocraft.train.policy import Policy
-
-
-class NonFiniteError(ArithmeticError):
-    """A loss, gradient or score that is NaN or infinite. The policy's weights are as they were before the update."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -76,7 +73,8 @@ def make_share(
 def accumulate(policy: Policy, share: Share, loss: PPOClip, tokens_per_microbatch: int) -> dict[str, float]:
     """Adds the gradient of the share's loss to the parameters; returns sums over its running tokens, for the metrics.
 
-    The result does not depend on `tokens_per_microbatch` beyond rounding. Raises NonFiniteError for a NaN or infinite loss.
+    The result does not depend on `tokens_per_microbatch` beyond rounding. Raises NonFiniteError for a NaN or infinite
+    loss.
     """
     sums = {"loss": 0.0, "tokens": 0.0, "low": 0.0, "high": 0.0, "dual": 0.0, "kl": 0.0}
     for batch in pack(share.rollouts, share.active, tokens_per_microbatch):
@@ -110,8 +108,8 @@ def update(
 ) -> dict[str, float]:
     """Makes `loss.passes` x `batch.updates_per_step` optimizer updates from one step's rollouts; returns metrics.
 
-    An update whose share has no rollout with a gradient is skipped and counted in `updates_empty`. Raises NonFiniteError,
-    before the optimizer moves, when a loss or the gradient norm is not finite.
+    An update whose share has no rollout with a gradient is skipped and counted in `updates_empty`. Raises
+    NonFiniteError, before the optimizer moves, when a loss or the gradient norm is not finite.
     """
     loss = policy_loss(config)
     shares = torch.arange(rollouts.P).tensor_split(config.batch.updates_per_step)

@@ -7,8 +7,8 @@ It is GRPO (group-relative advantages, clipped policy gradient, one number per r
 answer) without a critic, without a reference model and without a reward model, plus one thing: between scoring and
 updating, a controller rejects rollouts so that the policy's entropy follows `entropy.schedule`.
 
-Each step: sample, reward, score, decide, update, publish; now and then evaluate and save. Ctrl-C finishes the step, saves
-and ends; `--resume auto` goes on from there, bit for bit. `--help` lists every setting.
+Each step: sample, reward, score, decide, update, publish; now and then evaluate and save. Ctrl-C finishes the step,
+saves and ends; `--resume auto` goes on from there, bit for bit. `--help` lists every setting.
 """
 
 import sys
@@ -19,14 +19,15 @@ from rich.table import Table
 
 from entrocraft.train.config import Config
 from entrocraft.train.config_reader import load_config
+from entrocraft.train.errors import NonFiniteError, TrainingStopped
 from entrocraft.train.evaluation import completion_texts, evaluate, grade
 from entrocraft.train.interrupt import Interrupt
 from entrocraft.train.metrics import MetricsLog
 from entrocraft.train.progress import Progress
 from entrocraft.train.report import write_report
 from entrocraft.train.rewards import RewardPool
-from entrocraft.train.run import SAMPLE, Run, finite
-from entrocraft.train.step import NonFiniteError, update
+from entrocraft.train.run import SAMPLE, Run, check_finite
+from entrocraft.train.step import update
 from entrocraft.train.step_metrics import Clock, batch_metrics, report_rewards
 
 
@@ -43,8 +44,7 @@ def train_step(run: Run, pool: RewardPool, log: MetricsLog) -> dict[str, float |
     row: dict[str, float | str] = {"lr": run.set_learning_rate()}
     try:
         stats = run.policy.score(rollouts, config.batch.tokens_per_microbatch)
-        if not finite(stats):
-            raise NonFiniteError("a scored log-probability or entropy is not a number")
+        check_finite(stats)
         clock.lap("score")
         decision = run.decide(rollouts, stats, rewards.reward_R)
         row |= {**decision.metrics, "reason": decision.reason}
@@ -119,9 +119,14 @@ def run_training(config: Config) -> Run:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Command line entry; returns the exit code: 0 finished, 130 stopped by Ctrl-C with a checkpoint."""
+    """Command line entry; returns the exit code: 0 finished, 1 stopped itself, 130 stopped by Ctrl-C with a
+    checkpoint."""
     config = load_config(sys.argv[1:] if argv is None else argv)
-    run = run_training(config)
+    try:
+        run = run_training(config)
+    except (TrainingStopped, NonFiniteError) as stop:
+        print(f"stopped: {stop}", file=sys.stderr)
+        return 1
     return 0 if run.step == config.optimizer.steps else 130
 
 

@@ -22,17 +22,18 @@ STEPS, BATCH, LEARNING_RATE, BETAS = 1500, 128, 2e-3, (0.9, 0.98)
 NOISY_SHARE = 0.3
 """Last part of the warm start, in which half of the demonstrations are wrong."""
 ERRORS = (-11, -10, -5, -2, -1, 1, 2, 5, 10, 11)
-VERSION = 1
+VERSION = 2
 """Raise it when anything here changes: it is part of the name of the cached model."""
 
 
 def is_held_out(n: int) -> bool:
-    """One number in five is never seen in training, neither here nor by reinforcement."""
+    """One number in five is kept from reinforcement; the warm start, like any pretraining, has seen all of them."""
     return n % 5 == 3
 
 
 def write_problems(folder: Path) -> tuple[Path, Path]:
-    """Writes `train.jsonl` and `held_out.jsonl`, one `{"prompt": "047=", "answer": "47"}` a line; returns both paths."""
+    """Writes `train.jsonl` and `held_out.jsonl`, one `{"prompt": "047=", "answer": "47"}` a line; returns both
+    paths."""
     folder.mkdir(parents=True, exist_ok=True)
     paths = folder / "train.jsonl", folder / "held_out.jsonl"
     for path, wanted in zip(paths, (False, True), strict=True):
@@ -42,14 +43,15 @@ def write_problems(folder: Path) -> tuple[Path, Path]:
 
 
 def _demonstration(rng: random.Random, noisy: bool) -> str:
-    numbers = [n for n in range(SMALLEST, LARGEST + 1) if not is_held_out(n)]
-    n = rng.choice(numbers)
+    n = rng.randint(SMALLEST, LARGEST)
     total = n + rng.choice(ERRORS) if noisy and rng.random() < 0.5 else n
     a = rng.randint(0, total)
     return f"{n:03d}={a}+{total - a}"
 
 
-def _batch(texts: list[str], tokenizer: PreTrainedTokenizerBase, prompt_length: int) -> tuple[torch.Tensor, torch.Tensor]:
+def _batch(
+    texts: list[str], tokenizer: PreTrainedTokenizerBase, prompt_length: int
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Token ids [B, L] and labels [B, L] of the next token; -100 where the next token is prompt or padding."""
     rows = [tokenizer.encode(text) for text in texts]  # ends with the end mark
     width = max(map(len, rows))

@@ -63,7 +63,7 @@ def test_unknown_option_names_the_nearest(argument, named):
     ids=["unknown-leaf", "unknown-group", "group-as-number", "broken-yaml", "text-seed", "text-count", "level"],
 )
 def test_bad_file_is_an_error_that_helps(tmp_path, text, message):
-    with pytest.raises(ValueError, match=".") as caught:
+    with pytest.raises(ValueError, match=r".") as caught:
         load_config([write(tmp_path, text)])
     assert message in str(caught.value)
 
@@ -83,7 +83,7 @@ def test_bad_file_is_an_error_that_helps(tmp_path, text, message):
     ],
 )
 def test_value_out_of_range(argument, message):
-    with pytest.raises(ValueError, match=".") as caught:
+    with pytest.raises(ValueError, match=r".") as caught:
         load_config([argument])
     assert message in str(caught.value)
 

@@ -1,0 +1,122 @@
+"""Checkpoints: exact, whole or ignored, and never another model's."""
+
+import json
+import shutil
+
+import pytest
+import torch
+
+from entrocraft.train.checkpoint import CheckpointFolder, is_whole
+from entrocraft.train.config import TinyModelConfig
+from entrocraft.train.tiny_model import build_tiny_model
+
+SHAPE = TinyModelConfig(hidden_size=16, layers=1, heads=2, mlp_size=32, context=32)
+
+
+def make(seed, shape=SHAPE):
+    model, _ = build_tiny_model(shape, seed)
+    return model, torch.optim.AdamW(model.parameters(), lr=1e-2)
+
+
+def learn(model, optimizer, steps):
+    for _ in range(steps):
+        ids = torch.randint(3, 259, (4, 8))
+        model(ids, labels=ids, use_cache=False).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def equal(a, b):
+    return all(torch.equal(x, y) for x, y in zip(a.parameters(), b.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+def test_training_goes_on_bit_for_bit(tmp_path, tied):
+    shape = TinyModelConfig(hidden_size=16, layers=1, heads=2, mlp_size=32, context=32, tied=tied)
+    model, optimizer = make(0, shape)
+    learn(model, optimizer, 3)
+    folder = CheckpointFolder(tmp_path, keep=2)
+    folder.save(3, model, optimizer, {"samples": 12, "gain": 0.1})
+    learn(model, optimizer, 3)  # its random data come from the global stream, which the checkpoint holds
+    other, other_optimizer = make(7, shape)
+    torch.manual_seed(99)
+    state = folder.load_newest(other, other_optimizer)
+    assert (state["step"], state["samples"], state["gain"]) == (3, 12, 0.1)
+    assert not equal(model, other)
+    learn(other, other_optimizer, 3)
+    assert equal(model, other)
+
+
+def test_a_folder_without_checkpoints_gives_none(tmp_path):
+    assert CheckpointFolder(tmp_path, keep=1).load_newest(*make(0)) is None
+
+
+def damage_mark(folder):
+    (folder / "COMPLETE.json").unlink()
+
+
+def damage_size(folder):
+    data = next(folder.glob("*.distcp"))
+    data.write_bytes(data.read_bytes()[:-1])
+
+
+def damage_file(folder):
+    next(folder.glob("*.distcp")).unlink()
+
+
+def damage_name(folder):
+    folder.rename(folder.with_name(folder.name + ".writing-1-2"))
+
+
+def damage_json(folder):
+    (folder / "COMPLETE.json").write_text('{"bytes": ')
+
+
+@pytest.mark.parametrize("damage", [damage_mark, damage_size, damage_file, damage_name, damage_json])
+def test_a_half_written_checkpoint_is_ignored_and_the_last_whole_one_used(tmp_path, damage):
+    model, optimizer = make(0)
+    learn(model, optimizer, 1)
+    folder = CheckpointFolder(tmp_path, keep=5)
+    folder.save(1, model, optimizer, {})
+    first = [p.detach().clone() for p in model.parameters()]
+    learn(model, optimizer, 1)
+    damage(folder.save(2, model, optimizer, {}))
+    assert [path.name for path in folder.whole()] == ["step_000001"]
+    assert len(folder.broken()) == 1
+    fresh, fresh_optimizer = make(5)
+    assert folder.load_newest(fresh, fresh_optimizer)["step"] == 1
+    assert all(torch.equal(p, q) for p, q in zip(first, fresh.parameters(), strict=True))
+
+
+def test_another_model_is_refused(tmp_path):
+    folder = CheckpointFolder(tmp_path, keep=1)
+    model, optimizer = make(0)
+    learn(model, optimizer, 1)
+    folder.save(1, model, optimizer, {})
+    wider = TinyModelConfig(hidden_size=32, layers=1, heads=2, mlp_size=32, context=32)
+    with pytest.raises(ValueError, match=r"step_000001 holds another model .* choose another run_dir"):
+        folder.load_newest(*make(0, wider))
+
+
+def test_only_the_newest_are_kept(tmp_path):
+    folder = CheckpointFolder(tmp_path, keep=2)
+    model, optimizer = make(0)
+    for step in range(1, 5):
+        learn(model, optimizer, 1)
+        folder.save(step, model, optimizer, {})
+    assert [path.name for path in folder.whole()] == ["step_000003", "step_000004"]
+
+
+def test_a_failed_write_leaves_the_older_checkpoint_and_no_rubbish(tmp_path):
+    folder = CheckpointFolder(tmp_path, keep=2)
+    model, optimizer = make(0)
+    learn(model, optimizer, 1)
+    whole = folder.save(1, model, optimizer, {})
+    before = json.loads((whole / "COMPLETE.json").read_text())
+    with pytest.raises(TypeError):
+        folder.save(2, model, optimizer, {"not JSON": object()})
+    assert [path.name for path in folder.root.iterdir()] == ["step_000001"]
+    assert is_whole(whole)
+    assert json.loads((whole / "COMPLETE.json").read_text()) == before
+    shutil.rmtree(whole)
+    assert folder.whole() == []

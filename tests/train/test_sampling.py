@@ -1,0 +1,92 @@
+"""Hugging Face rollouts: what comes out is what the model would say, and a function of the stream alone."""
+
+import math
+
+import pytest
+import torch
+
+from entrocraft.train.config import SamplingConfig, TinyModelConfig
+from entrocraft.train.policy import Policy
+from entrocraft.train.sampling import HuggingFaceEngine, stream_seed
+from entrocraft.train.tiny_model import build_tiny_model
+
+
+@pytest.fixture(scope="module")
+def policy():
+    shape = TinyModelConfig(hidden_size=32, layers=2, heads=2, mlp_size=64, context=64)
+    model, tokenizer = build_tiny_model(shape, 0)
+    with torch.no_grad():  # make the end mark likely enough that both ends of a response are seen
+        model.model.norm.weight.mul_(6.0)
+    return Policy(model, tokenizer, temperature=1.0, device=torch.device("cpu"))
+
+
+def engine(policy, **options):
+    config = SamplingConfig(**{"max_response_tokens": 12} | options)
+    return HuggingFaceEngine(policy.model, config, eos_ids=[*policy.eos_ids, *range(60, 90)], pad_id=policy.pad_id)
+
+
+PROMPTS = [(5, 6, 7), (9,), (30, 31, 32, 33, 34)]
+
+
+def same(a, b):
+    return torch.equal(a.token_T, b.token_T) and torch.equal(a.rollout_T, b.rollout_T)
+
+
+def test_layout_and_ends(policy):
+    made = engine(policy)
+    made.publish(4)
+    rollouts = made.sample(PROMPTS, 5, stream=(0, 1))
+    assert (rollouts.R, rollouts.P, rollouts.weight_version) == (15, 3, 4)
+    assert rollouts.group_R.tolist() == [0] * 5 + [1] * 5 + [2] * 5
+    assert rollouts.sample_R.tolist() == [0, 1, 2, 3, 4] * 3
+    assert rollouts.prompts == tuple(PROMPTS)
+    ends = torch.tensor(made.eos_ids)
+    pieces = rollouts.token_T.split(rollouts.length_R.tolist())
+    assert {bool(t) for t in rollouts.truncated_R} == {True, False}
+    for piece, truncated in zip(pieces, rollouts.truncated_R.tolist(), strict=True):
+        assert not torch.isin(piece[:-1], ends).any()
+        assert torch.isin(piece[-1], ends).item() != truncated
+        assert len(piece) == 12 if truncated else len(piece) <= 12
+
+
+def test_same_stream_same_rollouts_whatever_was_drawn_before(policy):
+    made = engine(policy)
+    first = made.sample(PROMPTS, 4, stream=(3, 1, 7))
+    before = torch.get_rng_state()
+    made.sample(PROMPTS, 2, stream=(3, 1, 8))
+    assert torch.equal(torch.get_rng_state(), before)  # the global stream is left alone
+    torch.rand(5)
+    assert same(made.sample(PROMPTS, 4, stream=(3, 1, 7)), first)
+    assert not same(made.sample(PROMPTS, 4, stream=(3, 1, 8)), first)
+    assert stream_seed(3, 1, 7) != stream_seed(3, 17)
+
+
+def test_frequencies_agree_with_the_scored_distribution(policy):
+    """First tokens of 4,000 rollouts of prompts of unequal length against p from a plain forward pass: chi-square."""
+    made = engine(policy, max_response_tokens=1, temperature=0.7, rollouts_per_batch=4096)
+    count = 4000
+    rollouts = made.sample(PROMPTS[:2], count, stream=(0,))
+    for g, prompt in enumerate(PROMPTS[:2]):
+        with torch.no_grad():
+            p_V = (policy.model(torch.tensor([prompt])).logits[0, -1].double() / 0.7).softmax(-1)
+        seen_V = torch.bincount(rollouts.token_T[rollouts.group_R[rollouts.rollout_T] == g], minlength=len(p_V))
+        likely = p_V * count >= 5
+        observed = torch.cat([seen_V[likely], seen_V[~likely].sum()[None]]).double()
+        expected = torch.cat([p_V[likely], p_V[~likely].sum()[None]]) * count
+        statistic = float(((observed - expected) ** 2 / expected.clamp(min=1e-9)).sum())
+        freedom = len(expected) - 1
+        assert freedom >= 5
+        assert statistic < freedom + 5 * math.sqrt(2 * freedom)
+
+
+def test_chunks_of_rollouts_are_drawn_from_the_same_policy(policy):
+    rollouts = engine(policy, rollouts_per_batch=4).sample(PROMPTS, 5, stream=(1,))
+    assert rollouts.R == 15
+    stats = policy.score(rollouts, 256)
+    assert bool(torch.isfinite(stats.logprob_T).all())
+    assert float(stats.logprob_T.max()) < 1e-6
+
+
+def test_no_end_mark_is_an_error(policy):
+    with pytest.raises(ValueError, match="no end-of-sequence token"):
+        HuggingFaceEngine(policy.model, SamplingConfig(), eos_ids=[], pad_id=0)

@@ -1,0 +1,232 @@
+"""The whole loop in real processes: killed and resumed, interrupted, misused, and fed with rewards that misbehave."""
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from entrocraft.train.config import TinyModelConfig
+from entrocraft.train.tiny_model import build_tiny_model
+
+SCRIPT = Path(__file__).resolve().parents[2] / "train" / "train.py"
+
+REWARDS = '''
+import time
+
+def odd(completion, answer, prompt):
+    return float(len(completion) % 2)
+
+def huge(completion, answer, prompt):
+    return 3e38 * (len(completion) % 2)
+
+def troubled(completion, answer, prompt):
+    """Hangs on the first problem, raises on the second, has no verdict on the third."""
+    if answer == "0":
+        time.sleep(60)
+    if answer == "1":
+        raise RuntimeError("no idea")
+    return None if answer == "2" else float(len(completion) % 2)
+'''
+
+
+@pytest.fixture
+def work(tmp_path):
+    """A folder with problems, rewards that can be imported, and a small configuration."""
+    (tmp_path / "my_rewards.py").write_text(REWARDS)
+    problems = [{"prompt": f"{i} plus {i} is", "answer": str(i)} for i in range(12)]
+    (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in problems))
+    config = {
+        "run_dir": str(tmp_path / "run"),
+        "device": "cpu",
+        "model": {"tiny": {"hidden_size": 16, "layers": 1, "heads": 2, "mlp_size": 32, "context": 64}},
+        "data": {"train": str(tmp_path / "train.jsonl"), "max_prompt_tokens": 32},
+        "batch": {"prompts_per_step": 4, "samples_per_prompt": 4, "updates_per_step": 2, "tokens_per_microbatch": 128},
+        "sampling": {"max_response_tokens": 6},
+        "reward": {"name": "my_rewards:odd", "workers": 0},
+        "loss": {"passes": 2},
+        "entropy": {"rule": "budget", "schedule": {"start": "measured", "end": 5.0}, "width": 0.05},
+        "optimizer": {"steps": 12, "lr": 0.01},
+        "checkpoint": {"every": 3},
+    }
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(config))
+    return tmp_path
+
+
+def command(work, *overrides):
+    return [sys.executable, str(SCRIPT), f"--config={work / 'run.yaml'}", *overrides]
+
+
+def environment(work):
+    return {**os.environ, "PYTHONPATH": str(work), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+
+
+def start(work, *overrides):
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    return subprocess.Popen(command(work, *overrides), env=environment(work), text=True, cwd=work, **pipes)
+
+
+def run(work, *overrides, code=0):
+    done = subprocess.run(
+        command(work, *overrides), env=environment(work), text=True, cwd=work, capture_output=True, timeout=240
+    )
+    assert done.returncode == code, done.stdout + done.stderr
+    return done
+
+
+def rows(folder):
+    """The metrics of a run without those that are wall-clock times."""
+    timed = ("seconds", "tokens_per_second")
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in row.items() if not key.startswith(timed)} for row in lines]
+
+
+def wait_for(process, condition, limit=180.0):
+    begun = time.monotonic()
+    while not condition():
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() - begun < limit, "the run did not get there in time"
+        time.sleep(0.005)
+
+
+def lines_in(path):
+    return path.read_text().count("\n") if path.exists() else 0
+
+
+def test_killed_and_resumed_equals_uninterrupted_step_by_step(work):
+    run(work, f"--run_dir={work / 'whole'}")
+    expected = rows(work / "whole")
+    assert [row["step"] for row in expected] == list(range(1, 13))
+    assert any(row["kept_fraction"] < 1 for row in expected)
+    assert len({row["grad_norm"] for row in expected}) == 12
+    killed = start(work)
+    metrics = work / "run" / "metrics.jsonl"
+    wait_for(killed, lambda: lines_in(metrics) >= 5)
+    killed.send_signal(signal.SIGKILL)
+    killed.communicate()
+    at = lines_in(metrics)
+    assert 5 <= at < 12
+    done = run(work, "--resume=auto")
+    assert f"resuming after step {at - at % 3}" in done.stdout
+    assert rows(work / "run") == expected
+    assert (work / "run" / "report.html").stat().st_size > 10_000
+    assert (work / "run" / "curves.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_ctrl_c_ends_cleanly_with_a_checkpoint_that_goes_on(work):
+    process = start(work, "--checkpoint.every=100")
+    metrics = work / "run" / "metrics.jsonl"
+    wait_for(process, lambda: lines_in(metrics) >= 2)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 130
+    assert "stopping after this step" in errors
+    stopped = lines_in(metrics)
+    assert stopped < 12
+    assert [p.name for p in (work / "run" / "checkpoints").iterdir()] == [f"step_{stopped:06d}"]
+    run(work, "--resume=auto", "--checkpoint.every=100")
+    run(work, f"--run_dir={work / 'whole'}")
+    assert rows(work / "run") == rows(work / "whole")
+
+
+def test_a_run_is_not_written_over_and_not_mixed_with_other_settings(work):
+    run(work, "--optimizer.steps=3")
+    done = run(work, code=2)
+    assert "already holds a run (step_000003); go on with --resume auto" in done.stderr
+    done = run(work, "--resume=auto", "--optimizer.lr=0.5", code=2)
+    assert "optimizer.lr: 0.01 -> 0.5" in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
+    run(work, "--resume=auto", "--optimizer.steps=4")  # a longer run is the same run
+    assert [row["step"] for row in rows(work / "run")] == [1, 2, 3, 4]
+
+
+def test_misbehaving_rewards_are_counted_and_the_run_goes_on(work):
+    names = ("--reward.name=my_rewards:troubled", "--reward.workers=2", "--reward.timeout_s=0.5")
+    run(work, *names, "--batch.prompts_per_step=12", "--batch.samples_per_prompt=2", "--optimizer.steps=2")
+    for row in rows(work / "run"):
+        assert (row["reward_timeouts"], row["reward_errors"], row["reward_unscorable"]) == (2, 2, 2)
+        assert math.isfinite(row["reward"])
+    events = [json.loads(line) for line in (work / "run" / "events.jsonl").read_text().splitlines()]
+    assert [event["step"] for event in events if event["kind"] == "reward_failed"] == [1, 2]
+    assert "no idea" in events[0]["first"]
+
+
+def test_a_gradient_that_overflows_skips_the_step_counts_it_dumps_the_batch_and_stops(work):
+    huge = ("--reward.name=my_rewards:huge", "--loss.advantage=dr_grpo", "--optimizer.max_bad_updates=2")
+    done = run(work, *huge, "--entropy.rule=none", code=1)
+    assert "stopped: 2 steps in a row" in done.stderr
+    assert [row["steps_skipped"] for row in rows(work / "run")] == [1, 1]
+    events = [json.loads(line) for line in (work / "run" / "events.jsonl").read_text().splitlines()]
+    assert [event["kind"] for event in events] == ["step_skipped", "step_skipped"]
+    assert "the gradient norm is" in events[0]["reason"]
+    batch = torch.load(events[0]["batch"], weights_only=True)
+    assert len(batch["prompts"]) == 4
+    assert len(batch["group_R"]) == len(batch["reward_R"]) == 16
+    assert set(batch["reward_R"].tolist()) == {0.0, float(torch.tensor(3e38))}
+
+
+def test_broken_weights_stop_the_run_with_the_reason(work):
+    shape = TinyModelConfig(hidden_size=16, layers=1, heads=2, mlp_size=32, context=64)
+    model, tokenizer = build_tiny_model(shape, 0)
+    with torch.no_grad():
+        model.model.norm.weight[3] = float("nan")
+    model.save_pretrained(work / "broken")
+    tokenizer.save_pretrained(work / "broken")
+    done = run(work, f"--model.path={work / 'broken'}", code=1)
+    assert "stopped: the policy of weight version 0 gives probabilities that are not numbers" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["--data.train=nowhere.jsonl"], "nowhere.jsonl"),
+        (["--data.answer_field=anser"], "did you mean 'answer'?"),
+        (["--data.max_prompt_tokens=4"], "the limit max_prompt_tokens is 4"),
+        (["--model.tiny.context=18"], "the limit is the model's context of 18 tokens less 6 for the response"),
+        (["--sampling.max_response_tokens=64"], "has no room left for a prompt"),
+        (["--entropy.rule=budgett"], "unknown rule 'budgett': did you mean 'budget'?"),
+        (["--entropy.schedule.kind=linera"], "unknown schedule 'linera': did you mean 'linear'?"),
+        (["--entropy.schedule.start=9"], "log(vocab_size = 259)"),
+        (["--loss.advantage=grop"], "did you mean 'grpo'?"),
+        (["--batch.prompts_per_step=14"], "has only 12 usable problems"),
+        (["--model.path=./missing"], "model.path = './missing': no such folder"),
+        (["--device=cuda:7"], "no CUDA device here"),
+        (["--reward.name=odd"], "unknown reward 'odd'"),
+        (["--entropy.preset=paper_code", "--entropy.rule=null"], "-1"),
+    ],
+    ids=lambda value: value[0].split("=")[0].strip("-") if isinstance(value, list) else "",
+)
+def test_mistakes_are_told_before_anything_is_written(work, overrides, message, monkeypatch, capsys):
+    """In this process, to be quick; `report_errors` is what turns them into one line and exit code 2."""
+    from entrocraft.train.cli import report_errors
+    from entrocraft.train.train import main
+
+    if "cuda" in overrides[0] and torch.cuda.is_available():
+        pytest.skip("there is a CUDA device")
+    monkeypatch.syspath_prepend(str(work))
+    assert report_errors(lambda: main([f"--config={work / 'run.yaml'}", *overrides])) == 2
+    told = capsys.readouterr().err.strip()
+    assert told.startswith("error: ")
+    assert message in told
+    assert not (work / "run" / "checkpoints").exists()
+
+
+def test_evaluation_of_a_finished_run(work):
+    run(work, "--optimizer.steps=2", f"--data.eval={work / 'train.jsonl'}")
+    last = rows(work / "run")[-1]
+    entrocraft = [sys.executable, "-m", "entrocraft.train.cli", "eval", str(work / "run"), "--samples", "4"]
+    done = subprocess.run(entrocraft, env=environment(work), cwd=work, text=True, capture_output=True, timeout=240)
+    assert done.returncode == 0, done.stderr
+    result = json.loads((work / "run" / "eval.json").read_text())
+    assert result["problems"] == 12
+    assert 0 < result["eval_accuracy"] < 1
+    assert result["eval_pass_at_4"] >= result["eval_accuracy"]
+    assert 0 < result["eval_distinct_correct"] <= 4
+    assert result["eval_entropy"] == pytest.approx(last["eval_entropy"], abs=0.1)
