@@ -128,6 +128,8 @@ class _LogitsLogprobEntropy(torch.autograd.Function):
             values = finish(_forward(logit_TV, target_T, inv_temperature, options))
         ctx.options, ctx.inv_temperature = options, inv_temperature
         ctx.save_for_backward(logit_TV, target_T, values.shift_T, values.log_s0_T, values.entropy_T)
+        if options.collision:
+            ctx.mark_non_differentiable(values.p2_T, values.p2logp_T)
         return values.logprob_T, values.entropy_T, values.lse_T, values.p2_T, values.p2logp_T
 
     @staticmethod

@@ -297,9 +297,9 @@ def test_autocast_does_not_round(make_head, check_head):
     torch.testing.assert_close(leaves["weight_VH"].grad, outside_leaves["weight_VH"].grad, rtol=0, atol=0)
 
 
-# Peaked like a language model's rows: entropy of a few tenths, top logit about 20. Means over 64 rows of 20k columns.
+# Peaked like a language model's rows: entropy of a few tenths, top logit about 20. Means over 32 rows of 20k columns.
 def test_error_against_fp64_is_that_of_fp32(device):
-    T, V, H = 64, 20_000, 256
+    T, V, H = 32, 20_000, 128
     weight_VH = (torch.randn(V, H, device=device) / H**0.5).bfloat16()
     target_T = torch.randint(0, V, (T,), device=device)
     hidden_TH = (18 * weight_VH[target_T].float() + 2 * torch.randn(T, H, device=device)).bfloat16()
@@ -309,7 +309,7 @@ def test_error_against_fp64_is_that_of_fp32(device):
         assert float((getattr(stats, name).double() - getattr(exact, name)).abs().mean()) <= mean, name
 
 
-@hypothesis.settings(max_examples=30)
+@hypothesis.settings(max_examples=12 if TRITON else 30)  # the interpreter is slow
 @hypothesis.given(
     T=st.integers(0, 30),
     V=st.integers(1, 150),

@@ -37,6 +37,7 @@ def test_values_and_gradients(device, monkeypatch, T, V, block, dtype, options):
         _run(reference, logit_TV.double(), target_T, upstream, **options),
     ]
     assert results[0][-1].dtype == dtype
+    assert [value.requires_grad for value in results[0][:5]] == [True, True, True, False, False]
     for name, *triple in zip([*TokenStats.__slots__, "gradient"], *results, strict=True):
         assert_no_worse_than_torch(*triple, floor=1e-6, name=name)
 
