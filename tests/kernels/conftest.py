@@ -111,7 +111,7 @@ def check_head() -> Callable[..., TokenStats]:
             # Triton hands dz to the products in the operands' dtype. So does torch, but not the reference.
             runs[1] = head.run(_in_operand_dtype)
         for stats, leaves in runs:
-            total = sum((getattr(stats, name) * upstream[name]).sum() for name in wanted)
+            total = torch.stack([getattr(stats, name) * upstream[name] for name in wanted]).sum()
             gradients.append(dict(zip(leaves, torch.autograd.grad(total, list(leaves.values())), strict=True)))
         for name, actual in gradients[0].items():
             assert actual.dtype == getattr(head, name).dtype
