@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed.checkpoint as dcp
 from torch import nn
+from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
 _MARK = "COMPLETE.json"
@@ -93,7 +93,7 @@ class CheckpointFolder:
             weights, moments = get_state_dict(model, optimizer)
             tensors = {"model": weights, "optimizer": moments, "torch_rng": torch.get_rng_state()}
             with _one_process():
-                dcp.save(tensors, checkpoint_id=aside, no_dist=True)
+                state_dict_saver.save(tensors, checkpoint_id=aside, no_dist=True)
             _write_json(aside / _STATE, {**state, "step": step, "model_fingerprint": model_fingerprint(model)})
             sizes = {file.name: file.stat().st_size for file in aside.iterdir()}
             for name in sizes:
@@ -130,7 +130,7 @@ class CheckpointFolder:
         weights, moments = get_state_dict(model, optimizer)
         tensors = {"model": weights, "optimizer": moments, "torch_rng": torch.get_rng_state()}
         with _one_process():
-            dcp.load(tensors, checkpoint_id=folder, no_dist=True)
+            state_dict_loader.load(tensors, checkpoint_id=folder, no_dist=True)
         set_state_dict(model, optimizer, model_state_dict=tensors["model"], optim_state_dict=tensors["optimizer"])
         torch.set_rng_state(tensors["torch_rng"])
         return state

@@ -28,6 +28,7 @@ from entrocraft.train.config_reader import load_config
 from entrocraft.train.metrics import read_metrics
 from entrocraft.train.report import compare_runs
 from entrocraft.train.train import run_training
+from entrocraft.train.warm_start import STEPS as WARM_START_STEPS
 from entrocraft.train.warm_start import warm_start, write_problems
 
 CONFIG = Path(__file__).parent / "configs" / "demo.yaml"
@@ -163,12 +164,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--out", type=Path, default=Path("runs/demo"), help="folder to write into (default: %(default)s)"
     )
     parser.add_argument("--arms", nargs="+", choices=list(ARMS), default=list(ARMS), help="which arms (default: all)")
+    parser.add_argument(
+        "--warm-start-steps", type=int, default=WARM_START_STEPS, help="supervised steps (default: %(default)s)"
+    )
     options, extra = parser.parse_known_args(argv)
     console, started = Console(), time.perf_counter()
     options.out.mkdir(parents=True, exist_ok=True)
     data = write_problems(options.out / "data")
-    shape = load_config([f"--config={CONFIG}"]).model.tiny
-    model = warm_start(options.out / "models", shape, options.seed)
+    shape = load_config([f"--config={CONFIG}", *extra]).model.tiny
+    model = warm_start(options.out / "models", shape, options.seed, steps=options.warm_start_steps)
     configs = {arm: arm_config(arm, options.out, model, data, options.seed, extra) for arm in options.arms}
     begin_again(options.out, configs)
     arms: dict[str, Any] = {}

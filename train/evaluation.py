@@ -21,7 +21,7 @@ def completion_texts(rollouts: Rollouts, policy: Policy) -> list[str]:
     """The R responses as text, without their end mark."""
     lengths = rollouts.length_R.tolist()
     rows = [ids.tolist() for ids in rollouts.token_T.split(lengths)]
-    return [policy.tokenizer.decode(row, skip_special_tokens=True) for row in rows]
+    return [str(policy.tokenizer.decode(row, skip_special_tokens=True)) for row in rows]
 
 
 def grade(rollouts: Rollouts, texts: list[str], problems: Sequence[Problem], pool: RewardPool) -> RewardBatch:

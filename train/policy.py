@@ -1,10 +1,11 @@
 """The policy: a Hugging Face causal LM, its tokenizer, and the fused head that scores tokens without their logits."""
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils.logging import disable_progress_bar
 
 from entrocraft import Rollouts, TokenStats
@@ -30,10 +31,9 @@ def choose_device(name: str) -> torch.device:
 class Policy:
     """Scores tokens under the model at the sampling temperature."""
 
-    def __init__(
-        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, temperature: float, device: torch.device
-    ) -> None:
-        self.model = model.to(device)  # pyright: ignore[reportArgumentType, reportCallIssue]
+    # Any: the types that transformers declares for models and tokenizers are wider than what they return.
+    def __init__(self, model: Any, tokenizer: Any, *, temperature: float, device: torch.device) -> None:
+        self.model = model.to(device)
         self.tokenizer = tokenizer
         self.temperature = temperature
         self.device = device

@@ -1,12 +1,12 @@
 """Rollout engines: prompts in, `Rollouts` out."""
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, PreTrainedModel
+from transformers import GenerationConfig
 
 from entrocraft import Rollouts
 from entrocraft.train.config import SamplingConfig
@@ -35,7 +35,7 @@ class HuggingFaceEngine:
     """Generates with `transformers`' own `generate`, from the very module that is trained: nothing to copy or
     publish."""
 
-    def __init__(self, model: PreTrainedModel, config: SamplingConfig, *, eos_ids: Sequence[int], pad_id: int) -> None:
+    def __init__(self, model: Any, config: SamplingConfig, *, eos_ids: Sequence[int], pad_id: int) -> None:
         self.model = model
         self.config = config
         self.eos_ids = list(eos_ids)

@@ -113,7 +113,7 @@ def update(
     """
     loss = policy_loss(config)
     shares = torch.arange(rollouts.P).tensor_split(config.batch.updates_per_step)
-    sums = dict.fromkeys(("loss", "tokens", "low", "high", "dual", "kl"), 0.0)
+    sums: dict[str, float] = dict.fromkeys(("loss", "tokens", "low", "high", "dual", "kl"), 0.0)
     norms: list[float] = []
     empty = 0
     policy.model.train()

@@ -1,17 +1,19 @@
 """A byte-level Qwen3 with random weights, built on the spot: the real architecture, small enough for two CPU cores."""
 
+from typing import Any
+
 import torch
-from transformers import ByT5Tokenizer, PreTrainedModel, PreTrainedTokenizerBase, Qwen3Config, Qwen3ForCausalLM
+from transformers import ByT5Tokenizer, Qwen3Config, Qwen3ForCausalLM
 
 from entrocraft.train.config import TinyModelConfig
 
 
-def build_tiny_model(shape: TinyModelConfig, seed: int) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def build_tiny_model(shape: TinyModelConfig, seed: int) -> tuple[Any, Any]:
     """Returns a randomly initialised Qwen3 over V = 259 symbols (256 bytes, padding, end, unknown) and its tokenizer.
 
     The weights are a function of `seed` alone; the global random state is left as it was.
     """
-    tokenizer = ByT5Tokenizer(extra_ids=0)
+    tokenizer: Any = ByT5Tokenizer(extra_ids=0)
     config = Qwen3Config(
         vocab_size=len(tokenizer),
         hidden_size=shape.hidden_size,

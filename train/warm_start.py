@@ -8,11 +8,12 @@ sums; towards its end half of them are wrong by a little, so that the policy sta
 import json
 import random
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.progress import track
 from torch.nn.functional import cross_entropy
-from transformers import PreTrainedTokenizerBase
+from transformers.utils.logging import disable_progress_bar
 
 from entrocraft.train.config import TinyModelConfig
 from entrocraft.train.tiny_model import build_tiny_model
@@ -49,9 +50,7 @@ def _demonstration(rng: random.Random, noisy: bool) -> str:
     return f"{n:03d}={a}+{total - a}"
 
 
-def _batch(
-    texts: list[str], tokenizer: PreTrainedTokenizerBase, prompt_length: int
-) -> tuple[torch.Tensor, torch.Tensor]:
+def _batch(texts: list[str], tokenizer: Any, prompt_length: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Token ids [B, L] and labels [B, L] of the next token; -100 where the next token is prompt or padding."""
     rows = [tokenizer.encode(text) for text in texts]  # ends with the end mark
     width = max(map(len, rows))
@@ -86,6 +85,7 @@ def warm_start(folder: Path, shape: TinyModelConfig, seed: int, *, steps: int = 
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
     aside = place.with_name(place.name + ".writing")
+    disable_progress_bar()
     model.save_pretrained(aside)
     tokenizer.save_pretrained(aside)
     aside.rename(place)

@@ -41,6 +41,7 @@ def test_training_goes_on_bit_for_bit(tmp_path, tied):
     other, other_optimizer = make(7, shape)
     torch.manual_seed(99)
     state = folder.load_newest(other, other_optimizer)
+    assert state is not None
     assert (state["step"], state["samples"], state["gain"]) == (3, 12, 0.1)
     assert not equal(model, other)
     learn(other, other_optimizer, 3)
@@ -84,7 +85,9 @@ def test_a_half_written_checkpoint_is_ignored_and_the_last_whole_one_used(tmp_pa
     assert [path.name for path in folder.whole()] == ["step_000001"]
     assert len(folder.broken()) == 1
     fresh, fresh_optimizer = make(5)
-    assert folder.load_newest(fresh, fresh_optimizer)["step"] == 1
+    state = folder.load_newest(fresh, fresh_optimizer)
+    assert state is not None
+    assert state["step"] == 1
     assert all(torch.equal(p, q) for p, q in zip(first, fresh.parameters(), strict=True))
 
 

@@ -64,7 +64,7 @@ def test_scores_and_gradients_do_not_depend_on_the_packing(budget):
     stats = policy.score(rollouts, budget)
     for batch in pack(rollouts, range(rollouts.R), budget):
         policy.token_stats(batch, rollouts.token_T).logprob_T.sum().backward()
-    packed = [p.grad.clone() for p in model.parameters()]
+    packed = [p.grad.clone() for p in model.parameters() if p.grad is not None]
     model.zero_grad()
     start = 0
     for r, length in enumerate(rollouts.length_R.tolist()):  # one plain forward pass a sequence, no packing at all

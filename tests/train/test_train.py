@@ -69,8 +69,14 @@ def environment(work):
 
 
 def start(work, *overrides):
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    return subprocess.Popen(command(work, *overrides), env=environment(work), text=True, cwd=work, **pipes)
+    return subprocess.Popen(
+        command(work, *overrides),
+        env=environment(work),
+        text=True,
+        cwd=work,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
 
 
 def run(work, *overrides, code=0):
