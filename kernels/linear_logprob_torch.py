@@ -23,8 +23,9 @@ from entrocraft.kernels.row_stats import (
     tile_sums,
 )
 
-# Elements of a tile: 4 MiB in fp32. Between 1 and 16 MiB a CPU is equally fast (README.md).
-TILE_ELEMENTS = 1 << 20
+# Elements of a tile: 16 MiB in fp32. From 1 to 16 MiB one core is equally fast, and every operation on a tile is a
+# meeting of all threads: fewer and larger ones suffer less when a core is shared.
+TILE_ELEMENTS = 4 << 20
 # Rows of a tile when the vocabulary does not fit beside them: with as many columns, a product as square as it gets.
 TILE_ROWS = 1024
 
