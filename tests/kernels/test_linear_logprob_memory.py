@@ -12,13 +12,13 @@ LIMIT_MIB = 512
 # Resident memory of the process on a CPU, the allocator's peak on a GPU. What counts is the peak above what is there
 # before the forward (weight, hidden, libraries and their thread pools, warmed up by a small call), less the gradients.
 SCRIPT = """
-import resource, sys, torch
+import re, sys, torch
 from entrocraft.kernels import linear_logprob_entropy
 
 device = sys.argv[1]
 torch.set_num_threads(2)
-pages = lambda: int(open("/proc/self/statm").read().split()[1]) * resource.getpagesize()
-peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+# VmHWM is the peak of VmRSS since this program began; ru_maxrss would begin with the peak of the parent process.
+status = lambda field: int(re.search(field + r":\\s+(\\d+) kB", open("/proc/self/status").read())[1]) * 1024
 
 def run(T, V, H, measured):
     hidden_TH = torch.empty(T, H, dtype=torch.bfloat16, device=device).normal_().requires_grad_()
@@ -26,13 +26,13 @@ def run(T, V, H, measured):
     target_T = torch.randint(0, V, (T,), device=device)
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated() if device == "cuda" else pages()
+    before = torch.cuda.memory_allocated() if device == "cuda" else status("VmRSS")
     if device == "cpu" and measured:
-        # ru_maxrss never falls: an earlier peak above `before` would hide memory.
-        assert peak() - before < 16 << 20, (peak(), before)
+        # The peak never falls: an earlier one above `before` would hide memory.
+        assert status("VmHWM") - before < 16 << 20, (status("VmHWM"), before)
     stats = linear_logprob_entropy(hidden_TH, weight_VH, target_T)
     (stats.logprob_T.mean() + 0.01 * stats.entropy_T.mean()).backward()
-    after = torch.cuda.max_memory_allocated() if device == "cuda" else peak()
+    after = torch.cuda.max_memory_allocated() if device == "cuda" else status("VmHWM")
     return after - before - weight_VH.grad.nbytes - hidden_TH.grad.nbytes
 
 run(64, 1024, 256, False)
