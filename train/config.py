@@ -75,8 +75,10 @@ class DataConfig:
     """Field of a line that holds the problem's text."""
     answer_field: str = "answer"
     """Field of a line that holds the reference answer."""
-    answer_pattern: str | None = None
-    """Regular expression whose one group extracts the answer from `answer_field`, e.g. '####\\s*(.+)$' for GSM8K."""
+    # Not `str | None`: the command line reads an optional value as YAML, where a pattern such as #### is a comment.
+    answer_pattern: str = ""
+    """Regular expression whose one group extracts the answer from `answer_field`, e.g. '####\\s*(.+)$' for GSM8K;
+    empty: the whole field."""
     prompt_template: str = "{prompt}"
     """Text around the problem; `{prompt}` is replaced."""
     chat_template: bool = False

@@ -44,7 +44,7 @@ def load_prompts(path: str, policy: Policy, config: Config) -> tuple[list[Proble
         prompt_field=data.prompt_field,
         answer_field=data.answer_field,
         prompt_template=data.prompt_template,
-        answer_pattern=data.answer_pattern,
+        answer_pattern=data.answer_pattern or None,
         limit=data.limit,
     )
     limit = min(data.max_prompt_tokens, room)

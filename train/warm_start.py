@@ -1,6 +1,6 @@
 """The demo's task and its warm start: a byte-level model that half knows how to write two numbers that add up to N.
 
-The prompt is `NNN=`, the right answers are all `a+b` with a + b = N, so entropy is worth something: a policy that has
+The prompt is `NN=`, the right answers are all `a+b` with a + b = N, so entropy is worth something: a policy that has
 collapsed still scores, but knows one answer a prompt. The warm start is ordinary supervised training on random correct
 sums; towards its end half of them are wrong by a little, so that the policy starts diverse, and with much to learn.
 """
@@ -18,12 +18,12 @@ from transformers.utils.logging import disable_progress_bar
 from entrocraft.train.config import TinyModelConfig
 from entrocraft.train.tiny_model import build_tiny_model
 
-SMALLEST, LARGEST = 20, 120
-STEPS, BATCH, LEARNING_RATE, BETAS = 1500, 128, 2e-3, (0.9, 0.98)
+SMALLEST, LARGEST = 20, 99
+STEPS, BATCH, LEARNING_RATE, BETAS = 900, 128, 5e-3, (0.9, 0.98)
 NOISY_SHARE = 0.3
 """Last part of the warm start, in which half of the demonstrations are wrong."""
 ERRORS = (-11, -10, -5, -2, -1, 1, 2, 5, 10, 11)
-VERSION = 2
+VERSION = 3
 """Raise it when anything here changes: it is part of the name of the cached model."""
 
 
@@ -33,13 +33,13 @@ def is_held_out(n: int) -> bool:
 
 
 def write_problems(folder: Path) -> tuple[Path, Path]:
-    """Writes `train.jsonl` and `held_out.jsonl`, one `{"prompt": "047=", "answer": "47"}` a line; returns both
+    """Writes `train.jsonl` and `held_out.jsonl`, one `{"prompt": "47=", "answer": "47"}` a line; returns both
     paths."""
     folder.mkdir(parents=True, exist_ok=True)
     paths = folder / "train.jsonl", folder / "held_out.jsonl"
     for path, wanted in zip(paths, (False, True), strict=True):
         numbers = [n for n in range(SMALLEST, LARGEST + 1) if is_held_out(n) == wanted]
-        path.write_text("".join(json.dumps({"prompt": f"{n:03d}=", "answer": str(n)}) + "\n" for n in numbers))
+        path.write_text("".join(json.dumps({"prompt": f"{n}=", "answer": str(n)}) + "\n" for n in numbers))
     return paths
 
 
@@ -47,7 +47,7 @@ def _demonstration(rng: random.Random, noisy: bool) -> str:
     n = rng.randint(SMALLEST, LARGEST)
     total = n + rng.choice(ERRORS) if noisy and rng.random() < 0.5 else n
     a = rng.randint(0, total)
-    return f"{n:03d}={a}+{total - a}"
+    return f"{n}={a}+{total - a}"
 
 
 def _batch(texts: list[str], tokenizer: Any, prompt_length: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -76,7 +76,7 @@ def warm_start(folder: Path, shape: TinyModelConfig, seed: int, *, steps: int = 
     optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, betas=BETAS)
     for step in track(range(steps), description="warm start (supervised)"):
         noisy = step >= (1 - NOISY_SHARE) * steps
-        inputs_BL, labels_BL = _batch([_demonstration(rng, noisy) for _ in range(BATCH)], tokenizer, len("000="))
+        inputs_BL, labels_BL = _batch([_demonstration(rng, noisy) for _ in range(BATCH)], tokenizer, len("00="))
         for group in optimizer.param_groups:
             group["lr"] = LEARNING_RATE * (1 - step / steps)
         logits_BLV = model(inputs_BL, use_cache=False).logits

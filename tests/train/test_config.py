@@ -26,6 +26,17 @@ def test_overrides_beat_the_file_and_the_file_beats_the_defaults(tmp_path):
     assert config.batch.rollouts_per_step == 48
 
 
+def test_a_pattern_that_looks_like_a_yaml_comment_survives(tmp_path):
+    pattern = r"####\s*(.+)$"
+    for config in (
+        load_config([f"--data.answer_pattern={pattern}"]),
+        load_config([write(tmp_path, f"data: {{answer_pattern: '{pattern}'}}\n")]),
+    ):
+        assert config.data.answer_pattern == pattern
+        save_config(config, tmp_path / "saved.yaml")
+        assert load_config([f"--config={tmp_path / 'saved.yaml'}"]) == config
+
+
 def test_saved_configuration_reads_back_equal(tmp_path):
     points = "entropy: {schedule: {kind: piecewise, points: [[0, 1.0], [10, 0.5]]}}\nloss: {dual_clip: null}\n"
     config = load_config([write(tmp_path, points), "--optimizer.betas=[0.8,0.9]"])

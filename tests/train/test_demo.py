@@ -95,6 +95,6 @@ def test_demonstrations_and_problems(tmp_path):
         [json.loads(line) for line in path.read_text().splitlines()] for path in write_problems(tmp_path)
     )
     assert not {row["prompt"] for row in train} & {row["prompt"] for row in held_out}
-    assert len(train) + len(held_out) == 101
+    assert len(train) + len(held_out) == 80
     assert all(is_held_out(int(row["answer"])) for row in held_out)
     assert all(int(row["prompt"].rstrip("=")) == int(row["answer"]) for row in train)

@@ -178,6 +178,50 @@ def test_a_gradient_that_overflows_skips_the_step_counts_it_dumps_the_batch_and_
     assert set(batch["reward_R"].tolist()) == {0.0, float(torch.tensor(3e38))}
 
 
+def test_nan_in_hidden_skips_that_step_and_the_next_one_learns(work, monkeypatch):
+    """In this process, with a fault injected into the backbone's last norm while step 2 is scored."""
+    from entrocraft.train.config_reader import load_config
+    from entrocraft.train.metrics import MetricsLog
+    from entrocraft.train.rewards import RewardPool
+    from entrocraft.train.run import Run
+    from entrocraft.train.train import train_step
+
+    monkeypatch.syspath_prepend(str(work))
+    training = Run(load_config([f"--config={work / 'run.yaml'}"]))
+    training.begin()
+    score = training.policy.score
+
+    def poisoned_score(*arguments):
+        norm = training.policy.model.model.norm
+        with norm.register_forward_hook(lambda module, inputs, output: output * float("nan")):
+            return score(*arguments)
+
+    def weights():
+        return torch.cat([p.detach().flatten() for p in training.policy.model.parameters()])
+
+    seen, moved = [], []
+    with (
+        RewardPool("my_rewards:odd", workers=0, timeout_s=1.0) as pool,
+        MetricsLog(training.dir, resume_step=None) as log,
+    ):
+        for step in (1, 2, 3):
+            training.step, before = step, weights()
+            with monkeypatch.context() as patch:
+                if step == 2:
+                    patch.setattr(training.policy, "score", poisoned_score)
+                row = train_step(training, pool, log)
+            log.log(step, row)
+            seen.append(row["steps_skipped"])
+            moved.append(not torch.equal(before, weights()))
+    assert seen == [0, 1, 0]
+    assert moved == [True, False, True]
+    assert training.samples == 3 * 16
+    events = [json.loads(line) for line in (training.dir / "events.jsonl").read_text().splitlines()]
+    assert [event["step"] for event in events] == [2]
+    assert "log-probability" in events[0]["reason"]
+    assert Path(events[0]["batch"]).is_file()
+
+
 def test_broken_weights_stop_the_run_with_the_reason(work):
     shape = TinyModelConfig(hidden_size=16, layers=1, heads=2, mlp_size=32, context=64)
     model, tokenizer = build_tiny_model(shape, 0)

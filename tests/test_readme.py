@@ -1,0 +1,58 @@
+"""The README's promises that a machine can check: its example runs, its files and commands exist."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+README = (ROOT / "README.md").read_text()
+
+
+def test_the_import_example_runs_and_learns_something():
+    (example,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    check = "\nassert decision.keep_R.any() and 0 < float(hidden_TH.grad.norm()) < 100\n"
+    done = subprocess.run([sys.executable, "-c", example + check], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert re.search(r"entropy \d\.\d+ nats", done.stdout)
+
+
+def test_linked_files_and_make_targets_exist():
+    for target in re.findall(r"\]\(([^)#:]+)\)", README):
+        assert (ROOT / target).exists(), target
+    makefile = (ROOT / "Makefile").read_text()
+    commands = set(re.findall(r"\bmake (\w+)", README))
+    assert {"demo", "test"} <= commands
+    for command in commands:
+        assert re.search(rf"^{command}:", makefile, re.MULTILINE), command
+    for path in re.findall(r"train/configs/\w+\.yaml|train/\w+\.py", README):
+        assert (ROOT / path).is_file(), path
+
+
+@pytest.mark.skipif("ENTROCRAFT_GSM8K" not in os.environ, reason="set ENTROCRAFT_GSM8K to GSM8K's test file (JSONL)")
+def test_every_gold_answer_of_gsm8k_is_graded_as_correct():
+    """Loaded, rendered and graded with the shipped configuration: 1,319 of 1,319."""
+    from entrocraft.train.config_reader import load_config
+    from entrocraft.train.data import encode_prompts, load_problems
+    from entrocraft.train.rewards import RewardPool
+    from entrocraft.train.tiny_model import build_tiny_model
+
+    config = load_config([f"--config={ROOT / 'train/configs/gsm8k_tiny.yaml'}"])
+    data = config.data
+    path = os.environ["ENTROCRAFT_GSM8K"]
+    fields = {"prompt_field": data.prompt_field, "answer_field": data.answer_field}
+    problems = load_problems(
+        path, prompt_template=data.prompt_template, answer_pattern=data.answer_pattern or None, **fields
+    )
+    solutions = [row.answer for row in load_problems(path, **fields)]
+    _, tokenizer = build_tiny_model(config.model.tiny, 0)
+    prompts = encode_prompts(problems, tokenizer, chat_template=False, max_prompt_tokens=4096)
+    with RewardPool(config.reward.name, workers=2, timeout_s=10) as pool:
+        answers, texts = [p.answer for p in problems], [p.prompt for p in problems]
+        for completions in (solutions, [rf"so \boxed{{{answer}}}." for answer in answers]):
+            scores = pool.score(completions, answers, texts).reward_R
+            assert [problems[i].answer for i in (scores != 1).nonzero()[:, 0].tolist()] == []
+    assert len(problems) == len(prompts) == 1319
