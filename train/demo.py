@@ -168,7 +168,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--warm-start-steps", type=int, default=WARM_START_STEPS, help="supervised steps (default: %(default)s)"
     )
     options, extra = parser.parse_known_args(argv)
-    console, started = Console(), time.perf_counter()
+    console, started, origin = Console(), time.perf_counter(), provenance()
     options.out.mkdir(parents=True, exist_ok=True)
     data = write_problems(options.out / "data")
     shape = load_config([f"--config={CONFIG}", *extra]).model.tiny
@@ -182,7 +182,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if run.step < config.optimizer.steps:
             return 130
         arms[arm] = arm_summary(read_metrics(run.dir), config.evaluation.samples)
-    summary = {**provenance(), "seed": options.seed, "seconds": time.perf_counter() - started, "arms": arms}
+    summary = {**origin, "seed": options.seed, "seconds": time.perf_counter() - started, "arms": arms}
     (options.out / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
     show(summary, console)
     if len(arms) > 1:
