@@ -51,7 +51,8 @@ def keep_metrics(batch: Batch, verdict: Verdict) -> dict[str, float]:
     """What was kept. Fractions of rollouts go by `keep_R`, so where single tokens are judged look at the tokens' one.
 
     authority: share of rollouts with an advantage other than 0. active_fraction: kept and with an advantage in the
-    loss other than 0; kept_groups: the prompts those come from.
+    loss other than 0; kept_groups: the prompts those come from. acceptance_mean: mean chance of being kept, which for a
+    rule that does not draw is the kept fraction itself.
     """
     keep_R = verdict.keep_R
     active_R = keep_R & (verdict.advantage_R != 0)
@@ -60,6 +61,7 @@ def keep_metrics(batch: Batch, verdict: Verdict) -> dict[str, float]:
         tokens = float(np.count_nonzero(verdict.keep_T & batch.mask_T))
     return {
         "kept_fraction": float(keep_R.mean()),
+        "acceptance_mean": float((keep_R if verdict.probability_R is None else verdict.probability_R).mean()),
         "kept_token_fraction": tokens / len(batch.entropy_N),
         "kept_fraction_positive": _share(keep_R, batch.advantage_R > 0),
         "kept_fraction_negative": _share(keep_R, batch.advantage_R < 0),

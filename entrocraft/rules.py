@@ -54,11 +54,13 @@ class Verdict:
     """keep_R: bool, rollouts that keep any token. keep_T: bool, or None for all tokens of the kept rollouts.
 
     advantage_R: what the loss must use instead of the given advantages.
+    probability_R: float64, the chance each rollout had of being kept, where the rule draws; None where it does not.
     """
 
     keep_R: np.ndarray
     advantage_R: np.ndarray
     keep_T: np.ndarray | None = None
+    probability_R: np.ndarray | None = None
 
 
 class Rule(Protocol):
@@ -107,7 +109,7 @@ class soft:
         for index in np.flatnonzero(probability_R < 1.0):  # only those that can be rejected draw
             u = uniform(inputs.seed, inputs.step, int(inputs.group_R[index]), int(inputs.sample_R[index]))
             keep_R[index] = u <= probability_R[index]
-        return Verdict(keep_R=keep_R, advantage_R=inputs.advantage_R)
+        return Verdict(keep_R=keep_R, advantage_R=inputs.advantage_R, probability_R=probability_R)
 
 
 @dataclass(frozen=True, slots=True)

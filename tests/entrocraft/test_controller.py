@@ -27,7 +27,7 @@ METRICS = {
     *("logprob_negative", "target", "band_low", "band_high", "direction", "error", "need", "gain", "bypassed"),
     *("predicted_change_all", "predicted_change_kept", "predicted_change", "realised_change"),
     *("kept_fraction", "kept_token_fraction", "kept_fraction_positive", "kept_fraction_negative", "kept_groups"),
-    *("active_fraction", "authority", "target_start_excess", "target_start_far_above"),
+    *("active_fraction", "acceptance_mean", "authority", "target_start_excess", "target_start_far_above"),
 }
 
 

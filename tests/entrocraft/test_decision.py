@@ -45,7 +45,11 @@ def test_metrics_of_what_was_kept(rule: Rule, shift: float, scored_batch: Callab
         counted_T = mine_T & scored.mask_T
         assert bool(keep_R[r]) == bool(keep_T[counted_T if counted_T.any() else mine_T].any())
     active_R = keep_R & (decision.advantage_R != 0)
+    chance_R = keep_R.double()
+    if isinstance(rule, rules.soft):
+        chance_R = (rule.gamma * decision.direction * advantage_R.double()).clamp(-50, 0).exp()
     expected = {
+        "acceptance_mean": float(chance_R.mean()),
         "kept_fraction": float(keep_R.double().mean()),
         "kept_token_fraction": int((keep_T & scored.mask_T).sum()) / int(scored.mask_T.sum()),
         "kept_fraction_positive": float(keep_R[advantage_R > 0].double().mean()),
