@@ -12,7 +12,7 @@ from entrocraft import Rollouts
 from entrocraft.train.data import Problem
 from entrocraft.train.policy import Policy
 from entrocraft.train.rewards import RewardBatch, RewardPool
-from entrocraft.train.sampling import HuggingFaceEngine
+from entrocraft.train.sampling import HuggingFaceEngine, RolloutEngine
 
 Prompt = tuple[int, ...]
 
@@ -44,7 +44,7 @@ def pass_at_k(correct: int, samples: int, k: int) -> float:
 
 def evaluate(
     policy: Policy,
-    engine: HuggingFaceEngine,
+    engine: RolloutEngine,
     problems: Sequence[Problem],
     prompts: Sequence[Prompt],
     pool: RewardPool,

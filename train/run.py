@@ -15,7 +15,7 @@ from entrocraft.train.config_reader import differences, save_config, to_dict
 from entrocraft.train.control import build_controller
 from entrocraft.train.data import Problem, PromptOrder, drop_long, encode_prompts, load_problems
 from entrocraft.train.errors import NonFiniteError, TrainingStopped
-from entrocraft.train.metrics import MetricsLog
+from entrocraft.train.metrics import METRICS_FILE, MetricsLog
 from entrocraft.train.policy import Policy, choose_device
 from entrocraft.train.sampling import HuggingFaceEngine
 from entrocraft.train.step import loss_scale, policy_loss
@@ -24,7 +24,7 @@ from entrocraft.train.step import loss_scale, policy_loss
 SAMPLE, EVALUATE = 1, 2
 
 # Settings that may change when a run goes on: they decide how long, how often and where, not what a step computes.
-_FREE_ON_RESUME = ("run_dir", "resume", "checkpoint.", "evaluation.", "optimizer.steps", "reward.workers")
+_FREE_ON_RESUME = ("run_dir", "resume", "checkpoint.", "evaluation.", "reward.workers")
 
 
 def load_prompts(path: str, policy: Policy, config: Config) -> tuple[list[Problem], list[tuple[int, ...]], int]:
@@ -109,15 +109,21 @@ class Run:
 
     def _refuse_or_compare(self) -> None:
         whole = self.checkpoints.whole()
+        metrics = self.dir / METRICS_FILE
+        if self.config.resume == "never" and (whole or (metrics.exists() and metrics.stat().st_size)):
+            held = whole[-1].name if whole else "no checkpoint yet, but metrics"
+            raise ValueError(
+                f"run_dir = {self.config.run_dir!r} already holds a run ({held}); go on with --resume auto, or choose "
+                "another run_dir"
+            )
         if not whole:
             return
-        if self.config.resume == "never":
-            raise ValueError(
-                f"run_dir = {self.config.run_dir!r} already holds a run ({whole[-1].name}); go on with --resume auto, "
-                "or choose another run_dir"
-            )
+        schedule = self.config.entropy.schedule
+        free = _FREE_ON_RESUME
+        if schedule.steps is not None or schedule.kind in ("constant", "piecewise"):
+            free = (*free, "optimizer.steps")  # else it would stretch the curve
         old = yaml.safe_load((self.dir / "config.yaml").read_text())
-        changed = [line for line in differences(old, to_dict(self.config)) if not line.startswith(_FREE_ON_RESUME)]
+        changed = [line for line in differences(old, to_dict(self.config)) if not line.startswith(free)]
         if changed:
             raise ValueError(
                 f"cannot resume {self.config.run_dir!r} with other settings, the curves would not be of one run: "

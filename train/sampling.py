@@ -20,7 +20,14 @@ class RolloutEngine(Protocol):
         """Makes the policy's present weights the ones that are sampled from, under this version number."""
         ...
 
-    def sample(self, prompts: Sequence[tuple[int, ...]], samples_per_prompt: int, *, stream: Sequence[int]) -> Rollouts:
+    def sample(
+        self,
+        prompts: Sequence[tuple[int, ...]],
+        samples_per_prompt: int,
+        *,
+        stream: Sequence[int],
+        temperature: float | None = None,
+    ) -> Rollouts:
         """Draws `samples_per_prompt` responses to each prompt. Equal weights, prompts and `stream` give equal
         rollouts."""
         ...

@@ -149,8 +149,15 @@ def test_a_run_is_not_written_over_and_not_mixed_with_other_settings(work):
     done = run(work, "--resume=auto", "--optimizer.lr=0.5", code=2)
     assert "optimizer.lr: 0.01 -> 0.5" in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1
-    run(work, "--resume=auto", "--optimizer.steps=4")  # a longer run is the same run
-    assert [row["step"] for row in rows(work / "run")] == [1, 2, 3, 4]
+    done = run(work, "--resume=auto", "--optimizer.steps=4", code=2)  # the schedule spans the run: another curve
+    assert "optimizer.steps: 3 -> 4" in done.stderr
+    fixed = ("--entropy.schedule.steps=12", f"--run_dir={work / 'fixed'}")
+    run(work, *fixed, "--optimizer.steps=3")
+    run(work, *fixed, "--resume=auto", "--optimizer.steps=4")  # with a curve of its own, a longer run is the same run
+    assert [row["step"] for row in rows(work / "fixed")] == [1, 2, 3, 4]
+    (work / "begun").mkdir()
+    (work / "begun" / "metrics.jsonl").write_text('{"step": 1}\n')
+    assert "no checkpoint yet, but metrics" in run(work, f"--run_dir={work / 'begun'}", code=2).stderr
 
 
 def test_misbehaving_rewards_are_counted_and_the_run_goes_on(work):
