@@ -34,6 +34,15 @@ def check_float_matrix(name: str, matrix: Tensor, shape: str) -> None:
         raise ValueError(f"{name} is a DTensor; expected a plain tensor: pass {name}.full_tensor()")
 
 
+def check_bias(bias_V: Tensor, *, V: int, like: Tensor) -> None:
+    """A floating point vector [V] on the device of `like`."""
+    if bias_V.shape != (V,) or bias_V.device != like.device or not bias_V.is_floating_point():
+        raise ValueError(
+            f"bias_V is {bias_V.dtype} {tuple(bias_V.shape)} on {bias_V.device}; expected floating point ({V},) on "
+            f"{like.device}"
+        )
+
+
 def check_target(target_T: Tensor, *, like: Tensor, V: int, ignore_index: int, validate: bool) -> None:
     """int64 ids [T] inside the vocabulary or equal to ignore_index; on a GPU the ids only with validate."""
     T = like.shape[0]

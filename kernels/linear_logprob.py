@@ -19,6 +19,7 @@ weight gradient), against three when the logits are kept: where [T, V] fits comf
 
 from __future__ import annotations
 
+import importlib.util
 import os
 from types import ModuleType
 
@@ -28,6 +29,7 @@ from torch import Tensor
 from entrocraft.kernels import linear_logprob_torch
 from entrocraft.kernels.arguments import (
     HeadOptions,
+    check_bias,
     check_float_matrix,
     check_softcap,
     check_target,
@@ -40,8 +42,8 @@ from entrocraft.kernels.logits_logprob import logits_logprob_entropy_reference
 from entrocraft.kernels.row_stats import finish, row_coefficients
 from entrocraft.kernels.token_stats import TokenStats
 
-# All transient buffers of the torch path, or the dlogits buffer of the Triton path. Large enough for efficient matrix
-# products at V = 152k and T = 16k, small beside the weights of any model whose vocabulary makes this op worth having.
+# Transient buffers. Large enough for efficient matrix products at V = 152k, T = 16k and H = 4096 (tiles of about
+# 4,500 x 4,500), small beside the weights of any model whose vocabulary makes this op worth having.
 BUFFER_BYTES = 256 << 20
 
 
@@ -74,9 +76,14 @@ def linear_logprob_entropy_reference(
     )
 
 
+# Triton itself decides between compiler and interpreter when it is imported, for good; so does this.
+HAS_TRITON = importlib.util.find_spec("triton") is not None
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+
+
 def _backend(hidden_TH: Tensor, weight_VH: Tensor) -> ModuleType:
-    """The module that computes: Triton on CUDA, or anywhere under its interpreter; else, and for fp64, torch."""
-    asked = hidden_TH.is_cuda or os.environ.get("TRITON_INTERPRET") == "1"
+    """The module that computes: Triton on CUDA, or anywhere under its interpreter; without it, and for fp64, torch."""
+    asked = HAS_TRITON and (hidden_TH.is_cuda or INTERPRETED)
     if asked and compute_dtype(hidden_TH, weight_VH) == torch.float32:
         from entrocraft.kernels import linear_logprob_triton
 
@@ -89,11 +96,15 @@ class _LinearLogprobEntropy(torch.autograd.Function):
     def forward(ctx, hidden_TH, weight_VH, bias_V, target_T, inv_temperature, options):
         ctx.set_materialize_grads(False)
         backend = _backend(hidden_TH, weight_VH)
-        with no_autocast(hidden_TH.device):
+        with torch.cuda.device_of(hidden_TH), no_autocast(hidden_TH.device):
             sums_KT = backend.forward(hidden_TH, weight_VH, bias_V, target_T, inv_temperature, options)
             values = finish(sums_KT)
-        ctx.backend, ctx.options, ctx.inv_temperature = backend, options, inv_temperature
-        ctx.save_for_backward(hidden_TH, weight_VH, bias_V, target_T, values.shift_T, values.log_s0_T, values.entropy_T)
+        ctx.backend, ctx.options = backend, options
+        temperature_T = inv_temperature if isinstance(inv_temperature, Tensor) else None
+        ctx.inv_temperature = None if temperature_T is not None else inv_temperature
+        # shift_T is a view, which would keep all sums of the rows alive.
+        kept = values.shift_T.clone(), values.log_s0_T, values.entropy_T, temperature_T
+        ctx.save_for_backward(hidden_TH, weight_VH, bias_V, target_T, *kept)
         if options.collision:
             ctx.mark_non_differentiable(values.p2_T, values.p2logp_T)
         return values.logprob_T, values.entropy_T, values.lse_T, values.p2_T, values.p2logp_T
@@ -101,8 +112,10 @@ class _LinearLogprobEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx, *grads):
         grad_logprob_T, grad_entropy_T, grad_lse_T, *_ = grads
-        hidden_TH, weight_VH, bias_V, target_T, shift_T, log_s0_T, entropy_T = ctx.saved_tensors
-        with torch.no_grad(), no_autocast(hidden_TH.device):
+        hidden_TH, weight_VH, bias_V, target_T, *kept = ctx.saved_tensors
+        shift_T, log_s0_T, entropy_T, temperature_T = kept
+        inv_temperature = ctx.inv_temperature if temperature_T is None else temperature_T
+        with torch.no_grad(), torch.cuda.device_of(hidden_TH), no_autocast(hidden_TH.device):
             rows = row_coefficients(
                 grad_logprob_T,
                 grad_entropy_T,
@@ -110,7 +123,7 @@ class _LinearLogprobEntropy(torch.autograd.Function):
                 shift_T=shift_T,
                 log_s0_T=log_s0_T,
                 entropy_T=entropy_T,
-                inv_temperature=ctx.inv_temperature,
+                inv_temperature=inv_temperature,
                 valid_T=target_T != ctx.options.ignore_index,
             )
             grads = ctx.backend.backward(
@@ -118,7 +131,7 @@ class _LinearLogprobEntropy(torch.autograd.Function):
                 weight_VH,
                 bias_V,
                 target_T,
-                ctx.inv_temperature,
+                inv_temperature,
                 ctx.options,
                 rows,
                 needs=ctx.needs_input_grad[:3],
@@ -146,8 +159,8 @@ def linear_logprob_entropy(
         hidden_TH: [T, H], bf16, fp16, fp32 or fp64, of any strides; T may be 0.
         weight_VH: [V, H], dtype of its own, V >= 1 and of any size.
         target_T: int64 [T], token ids in [0, V), or `ignore_index`.
-        bias_V: [V] or None. An entry of -inf takes the token out of the vocabulary (p = 0, no gradient), unless a
-            softcap follows, which makes it -cap.
+        bias_V: [V], floating point, of any stride, or None. An entry of -inf takes the token out of the vocabulary
+            (p = 0, no gradient), unless a softcap follows, which makes it -cap.
         temperature: a positive float, or a positive tensor [T]. It gets no gradient.
         softcap: cap of cap * tanh(a / cap) on the logits before temperature, or None.
         ignore_index: rows with this target give 0 in every field and no gradient, and are not computed.
@@ -162,9 +175,11 @@ def linear_logprob_entropy(
         are required are computed, and a row whose upstream gradient is zero costs nothing but its share of the
         products on a GPU. p2_T and p2logp_T have no gradient. A NaN or an overflow in a row makes that row NaN.
 
-    Transient memory beyond inputs, outputs and gradients: `buffer_bytes` (at least what one row and a few vocabulary
-    columns need), O(T), and in the backward 4 T H bytes for a hidden gradient that is not fp32 itself and a copy of
-    the rows that are computed when not all are. Under autocast the op works in the dtypes of its operands.
+    Transient memory beyond inputs, outputs and gradients: `buffer_bytes` (but at least what one row and a few
+    vocabulary columns need; in Triton 16 KiB of dz for bf16, 32 KiB for fp32, and 1,280 H bytes), and O(T). In the
+    backward 4 T H bytes for a hidden gradient that is not fp32 itself, and on a CPU a copy of the rows that are
+    computed when not all are. In Triton the forward adds its partial sums, 12 T ceil(V / 1024) bytes (20 with
+    collision). Under autocast the op works in the dtypes of its operands.
 
     Raises:
         ValueError: wrong shape, dtype or device; a target id outside the vocabulary; a temperature or
@@ -181,8 +196,9 @@ def linear_logprob_entropy(
             f"weight_VH is {tuple(weight_VH.shape)} on {weight_VH.device}; expected at least one row of "
             f"{hidden_TH.shape[1]} on {hidden_TH.device}, as hidden_TH has"
         )
-    if bias_V is not None and (bias_V.shape != (V,) or bias_V.device != hidden_TH.device):
-        raise ValueError(f"bias_V is {tuple(bias_V.shape)} on {bias_V.device}; expected ({V},) on {hidden_TH.device}")
+    if bias_V is not None:
+        check_bias(bias_V, V=V, like=hidden_TH)
+        bias_V = bias_V.contiguous()  # device code reads it with stride 1
     check_target(target_T, like=hidden_TH, V=V, ignore_index=ignore_index, validate=validate)
     check_softcap(softcap)
     if buffer_bytes <= 0:

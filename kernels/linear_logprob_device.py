@@ -1,7 +1,8 @@
 """The device code of `linear_logprob_triton.py`: three kernels over tiles of the logits, which stay in registers.
 
-The mathematics is that of `row_stats.py`. Offsets are 64 bits wide before any product with a stride; an absent row or
-column is masked, with a finite value; accumulators are fp32 and are rounded once, at the store of dz.
+The mathematics is that of `row_stats.py`. A stride arrives in 32 bits where it fits: what it is multiplied with is 64
+bits wide already (row lists, columns, splits), and it is added to a pointer to reach the fields of the partial sums. An
+absent row or column is masked, with a finite value; accumulators are fp32 and are rounded once, at the store of dz.
 """
 
 from __future__ import annotations
@@ -128,11 +129,15 @@ def stats_kernel(
         m = m_new
     part = part_ptr + split * stride_part_s + t
     tl.store(part, m, mask=t_mask)
-    tl.store(part + stride_part_k, s0, mask=t_mask)
-    tl.store(part + 2 * stride_part_k, s1, mask=t_mask)
+    part += stride_part_k
+    tl.store(part, s0, mask=t_mask)
+    part += stride_part_k
+    tl.store(part, s1, mask=t_mask)
     if COLLISION:
-        tl.store(part + 3 * stride_part_k, q0, mask=t_mask)
-        tl.store(part + 4 * stride_part_k, q1, mask=t_mask)
+        part += stride_part_k
+        tl.store(part, q0, mask=t_mask)
+        part += stride_part_k
+        tl.store(part, q1, mask=t_mask)
 
 
 @triton.jit
@@ -157,9 +162,12 @@ def merge_kernel(
     q1 = tl.zeros((BLOCK_T,), dtype=tl.float32)
     part = part_ptr + t
     for _ in range(0, SPLITS):
-        part_m = tl.load(part, mask=t_mask, other=ROW_FLOOR)
-        part_s0 = tl.load(part + stride_part_k, mask=t_mask, other=0.0)
-        part_s1 = tl.load(part + 2 * stride_part_k, mask=t_mask, other=0.0)
+        field = part
+        part_m = tl.load(field, mask=t_mask, other=ROW_FLOOR)
+        field += stride_part_k
+        part_s0 = tl.load(field, mask=t_mask, other=0.0)
+        field += stride_part_k
+        part_s1 = tl.load(field, mask=t_mask, other=0.0)
         m_new = tl.maximum(m, part_m)
         d = m - m_new
         part_d = part_m - m_new
@@ -168,8 +176,10 @@ def merge_kernel(
         s1 = scale * (s1 + d * s0) + part_scale * (part_s1 + part_d * part_s0)
         s0 = scale * s0 + part_scale * part_s0
         if COLLISION:
-            part_q0 = tl.load(part + 3 * stride_part_k, mask=t_mask, other=0.0)
-            part_q1 = tl.load(part + 4 * stride_part_k, mask=t_mask, other=0.0)
+            field += stride_part_k
+            part_q0 = tl.load(field, mask=t_mask, other=0.0)
+            field += stride_part_k
+            part_q1 = tl.load(field, mask=t_mask, other=0.0)
             q1 = scale * scale * (q1 + d * q0) + part_scale * part_scale * (part_q1 + part_d * part_q0)
             q0 = scale * scale * q0 + part_scale * part_scale * part_q0
         m = m_new

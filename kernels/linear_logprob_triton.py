@@ -1,20 +1,25 @@
 """The Triton path of `linear_logprob.py`: logits live in registers, in fp32, and are never rounded or stored.
 
 Forward: a program owns a block of rows and a split of the vocabulary, walks over the split's tiles, and keeps the sums
-of `row_stats.py` online; a second kernel merges the splits. Partial sums: 16 T ceil(V / SPLIT_V) bytes (24 with
-collision). Backward: tiles are recomputed and dz is written to a buffer of bounded size, one vocabulary split after the
-other; the two products that follow are cuBLAS's, with fp32 results: the hidden gradient accumulates in fp32 over the
-splits (a bf16 sum over 16 splits loses two bits), the weight gradient of a split is finished before the next begins.
+of `row_stats.py` online; a second kernel merges the splits. Partial sums: 12 T ceil(V / SPLIT_V) bytes (20 with
+collision), which `buffer_bytes` does not bound. Backward: tiles are recomputed and dz is written to a buffer of bounded
+size, one vocabulary split after the other; the two products that follow are cuBLAS's, with fp32 results: the hidden
+gradient accumulates in fp32 over the splits (a bf16 sum over 16 splits loses two bits), the weight gradient of a split
+is finished before the next begins.
 
 Rows without a target or without a gradient are left out through a list of the rows that have one, made on the device:
-programs past its end return at once, and nothing waits for the count. Tile sizes depend on the dtype alone, every sum
-has a fixed order, and there are no atomics: a row's result is the same to the last bit in any batch.
+programs past its end return at once, and nothing waits for the count. Tile sizes depend on the dtype alone, sums of the
+forward have a fixed order, and there are no atomics: a row's statistics are the same to the last bit in any batch. Its
+gradients are not: a library product may choose its order by the number of rows, and the scale of fp16 is the batch's.
 """
 
 # A @triton.jit function has no signature that a type checker could hold a launch against.
 # pyright: reportCallIssue=false, reportArgumentType=false
 
 from __future__ import annotations
+
+import math
+from collections.abc import Iterator
 
 import torch
 import triton
@@ -113,29 +118,75 @@ def forward(
     return sums_KT
 
 
-def buffer_shape(T: int, V: int, *, element_bytes: int, buffer_bytes: int) -> tuple[int, int]:
-    """Rows and columns of the dz buffer: all rows if 1,024 columns of each fit, and whole tiles of columns."""
-    elements = max(1, buffer_bytes // element_bytes)
-    rows = max(1, min(T, max(BLOCK_T, elements // 1024)))
-    columns = max(BLOCK_V, elements // rows // BLOCK_V * BLOCK_V)
-    return rows, min(columns, V)
+def buffer_shape(T: int, V: int, H: int, *, element_bytes: int, buffer_bytes: int) -> tuple[int, int]:
+    """Rows R and columns C of the dz buffer, so that what the backward holds at once stays inside `buffer_bytes`:
+
+        element_bytes R C      dz
+        + 8 H C                a slice of the weight gradient, and the product added to it or the converted weight
+        + 4 H R                a product on its way to the hidden gradient, or the masked hidden rows
+
+    but never less than one tile, BLOCK_T x BLOCK_V. Traffic over the splits is as 1/R + 1/C, so R = C is aimed at; C
+    depends on the head alone, and few rows leave room unused.
+    """
+    side = (math.sqrt((12 * H) ** 2 + 4 * element_bytes * buffer_bytes) - 12 * H) / (2 * element_bytes)
+    columns = min(max(BLOCK_V, int(side) // BLOCK_V * BLOCK_V), V)
+    rows = (buffer_bytes - 8 * H * columns) // (element_bytes * columns + 4 * H)
+    return max(1, min(max(BLOCK_T, rows // BLOCK_T * BLOCK_T), T)), columns
 
 
-def _fp32_product(left: Tensor, right: Tensor) -> Tensor:
-    """left @ right with an fp32 result, whatever the operands: cuBLAS may otherwise reduce in bf16."""
+def _add_product(total: Tensor | None, left: Tensor, right: Tensor) -> Tensor:
+    """total + left @ right in fp32, into `total`; None is zero. cuBLAS might otherwise reduce 16 bits in 16 bits."""
     if left.dtype == torch.float32:
-        return torch.mm(left, right)
-    if left.is_cuda:
-        return torch.mm(left, right, out_dtype=torch.float32)
-    return torch.mm(left.float(), right.float())
+        return torch.mm(left, right) if total is None else total.addmm_(left, right)
+    product = torch.mm(left, right, out_dtype=torch.float32) if left.is_cuda else torch.mm(left.float(), right.float())
+    return product if total is None else total.add_(product)
 
 
-def _fp16_scale(rows: RowCoefficients) -> Tensor:
-    """A power of two that brings the largest coefficient to FP16_SIZE, as a tensor of one element."""
-    largest = torch.stack(
-        [field.abs().amax() for field in (rows.offset_T, rows.slope_T, rows.target_T) if field is not None]
-    )
-    return torch.exp2(torch.floor(torch.log2(FP16_SIZE / largest.amax().clamp_min(1e-30))))
+def _scaled(rows: RowCoefficients, dz_dtype: torch.dtype) -> tuple[RowCoefficients, Tensor | None]:
+    """For fp16, the coefficients times a power of two that brings the largest to FP16_SIZE, and that power [1].
+
+    Only rows that are computed, and are finite, have a say: a NaN elsewhere must not reach every row.
+    """
+    fields = [field for field in (rows.offset_T, rows.slope_T, rows.target_T) if field is not None]
+    if dz_dtype != torch.float16 or not len(rows.shift_T):
+        return rows, None
+    size_KT = torch.stack(fields).abs()
+    largest = torch.where(rows.active_T & size_KT.isfinite(), size_KT, 0.0).amax()
+    scale = torch.exp2(torch.floor(torch.log2(FP16_SIZE / largest.clamp_min(1e-30))))
+    slope_T, target_T = (None if field is None else field * scale for field in (rows.slope_T, rows.target_T))
+    return RowCoefficients(rows.shift_T, rows.offset_T * scale, slope_T, target_T, rows.active_T), scale
+
+
+class _LogitGradients:
+    """Writes dz of one vocabulary split into a reused buffer, one block of rows after the other."""
+
+    def __init__(self, hidden_TH, weight_VH, bias_V, target_T, inv_temperature, options, rows, dz_dtype) -> None:
+        self.hidden_TH, self.weight_VH, self.bias_V, self.target_T = hidden_TH, weight_VH, bias_V, target_T
+        self.inv_temperature, self.options, self.rows = inv_temperature, options, rows
+        (T, H), V = hidden_TH.shape, weight_VH.shape[0]
+        bounds = {"element_bytes": dz_dtype.itemsize, "buffer_bytes": options.buffer_bytes}
+        block_T, self.columns = buffer_shape(T, V, H, **bounds)
+        self.blocks = [slice(start, min(start + block_T, T)) for start in range(0, T, block_T)]
+        self.lists = [_row_list(rows.active_T[t]) for t in self.blocks]
+        self.buffer_NM = hidden_TH.new_zeros((block_T, self.columns), dtype=dz_dtype)
+
+    def splits(self) -> Iterator[slice]:
+        """Slices of the vocabulary; none when there are no rows."""
+        V = self.weight_VH.shape[0] if self.blocks else 0
+        for start in range(0, V, self.columns):
+            yield slice(start, min(start + self.columns, V))
+
+    def of(self, v: slice) -> Iterator[tuple[slice, Tensor]]:
+        """Blocks of rows, each with dz in those rows and the columns of v."""
+        bias_M = None if self.bias_V is None else self.bias_V[v]
+        for t, listed in zip(self.blocks, self.lists, strict=True):
+            # Rows that are not listed are never written and must read as 0: with one block they stay so.
+            buffer_NM = self.buffer_NM.zero_() if len(self.blocks) > 1 else self.buffer_NM
+            dz_NM = buffer_NM[: t.stop - t.start, : v.stop - v.start]
+            inv_N = self.inv_temperature[t] if isinstance(self.inv_temperature, Tensor) else self.inv_temperature
+            operands = self.hidden_TH[t], self.weight_VH[v], bias_M, self.target_T[t], inv_N
+            _launch_dlogits(*operands, self.options, self.rows.pick(t), listed, dz_NM, v.start)
+            yield t, dz_NM
 
 
 def backward(
@@ -150,39 +201,32 @@ def backward(
     needs: tuple[bool, bool, bool],
 ) -> list[Tensor | None]:
     """Gradients of hidden, weight and bias (None where not needed), each in the dtype of what it is the gradient of."""
-    (T, H), V = hidden_TH.shape, weight_VH.shape[0]
     dz_dtype = hidden_TH.dtype if hidden_TH.dtype == weight_VH.dtype else torch.float32
-    scale = _fp16_scale(rows) if dz_dtype == torch.float16 and T else 1.0
-    scaled = [None if field is None else field * scale for field in rows[1:4]]
-    rows = RowCoefficients(rows.shift_T, scaled[0], scaled[1], scaled[2], rows.active_T)
-    grad_x_TH = hidden_TH.new_zeros((T, H), dtype=torch.float32) if needs[0] else None
-    grad_w_VH = weight_VH.new_zeros((V, H)) if needs[1] else None
-    grad_b_V = bias_V.new_zeros(V) if needs[2] and bias_V is not None else None
-    block_T, block_V = buffer_shape(T, V, element_bytes=dz_dtype.itemsize, buffer_bytes=options.buffer_bytes)
-    blocks = [slice(start, min(start + block_T, T)) for start in range(0, T, block_T)]
-    lists = [_row_list(rows.active_T[t]) for t in blocks]
-    buffer_NM = hidden_TH.new_zeros((block_T, block_V), dtype=dz_dtype)
-    for start in range(0, V if T else 0, block_V):
-        v = slice(start, min(start + block_V, V))
-        w_MH, bias_M = weight_VH[v], None if bias_V is None else bias_V[v]
-        grad_w_MH = hidden_TH.new_zeros(w_MH.shape, dtype=torch.float32) if grad_w_VH is not None else None
-        grad_b_M = hidden_TH.new_zeros(w_MH.shape[0], dtype=torch.float32) if grad_b_V is not None else None
-        for t, listed in zip(blocks, lists, strict=True):
-            # Rows that are not listed are never written and must read as 0: with one block they stay so.
-            dz_NM = (buffer_NM.zero_() if len(blocks) > 1 else buffer_NM)[: t.stop - t.start, : v.stop - v.start]
-            inv_N = inv_temperature[t] if isinstance(inv_temperature, Tensor) else inv_temperature
-            _launch_dlogits(hidden_TH[t], w_MH, bias_M, target_T[t], inv_N, options, rows.pick(t), listed, dz_NM, start)
-            if grad_x_TH is not None:
-                grad_x_TH[t] += _fp32_product(dz_NM, w_MH.to(dz_dtype))
-            if grad_w_MH is not None:
-                grad_w_MH += _fp32_product(dz_NM.T, hidden_TH[t].to(dz_dtype))
-            if grad_b_M is not None:
-                grad_b_M += dz_NM.sum(0, dtype=torch.float32)
+    rows, scale = _scaled(rows, dz_dtype)
+    tiles = _LogitGradients(hidden_TH, weight_VH, bias_V, target_T, inv_temperature, options, rows, dz_dtype)
+    grad_x_TH = hidden_TH.new_zeros(hidden_TH.shape, dtype=torch.float32) if needs[0] else None
+    grad_w_VH = weight_VH.new_zeros(weight_VH.shape) if needs[1] else None
+    grad_b_V = bias_V.new_zeros(bias_V.shape) if needs[2] and bias_V is not None else None
+    for v in tiles.splits():
+        factor_MH = None if grad_x_TH is None else weight_VH[v].to(dz_dtype)
+        grad_w_MH = grad_b_M = None
+        for t, dz_NM in tiles.of(v):
+            if grad_x_TH is not None and factor_MH is not None:
+                _add_product(grad_x_TH[t], dz_NM, factor_MH)
+            if grad_w_VH is not None:
+                # A row that is not listed may hold NaN, which its zeros in dz would not stop.
+                x_NH = hidden_TH[t].to(dz_dtype, copy=True).masked_fill_(~rows.active_T[t, None], 0.0)
+                grad_w_MH = _add_product(grad_w_MH, dz_NM.T, x_NH)
+                del x_NH
+            if grad_b_V is not None:
+                part_M = dz_NM.sum(0, dtype=torch.float32)
+                grad_b_M = part_M if grad_b_M is None else grad_b_M.add_(part_M)
         for whole_V, part_M in ((grad_w_VH, grad_w_MH), (grad_b_V, grad_b_M)):
             if whole_V is not None and part_M is not None:
-                whole_V[v] = part_M.div_(scale) if isinstance(scale, Tensor) else part_M
+                whole_V[v] = part_M if scale is None else part_M.div_(scale)
+        del grad_w_MH, grad_b_M, factor_MH, part_M  # before the next split makes its own
     if grad_x_TH is not None:
-        grad_x_TH = (grad_x_TH.div_(scale) if isinstance(scale, Tensor) else grad_x_TH).to(hidden_TH.dtype)
+        grad_x_TH = (grad_x_TH if scale is None else grad_x_TH.div_(scale)).to(hidden_TH.dtype)
     return [grad_x_TH, grad_w_VH, grad_b_V]
 
 

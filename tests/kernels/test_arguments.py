@@ -21,7 +21,8 @@ def _arguments(device: str) -> dict:
         ({"hidden_TH": torch.zeros(3, 4, dtype=torch.int64)}, "hidden_TH is torch.int64"),
         ({"weight_VH": torch.zeros(5, 3)}, r"weight_VH is \(5, 3\).*row of 4"),
         ({"weight_VH": torch.zeros(0, 4)}, r"weight_VH is \(0, 4\).*at least one row"),
-        ({"bias_V": torch.zeros(4)}, r"bias_V is \(4,\).*expected \(5,\)"),
+        ({"bias_V": torch.zeros(4)}, r"bias_V is torch.float32 \(4,\).*expected floating point \(5,\)"),
+        ({"bias_V": torch.zeros(5, dtype=torch.int64)}, r"bias_V is torch.int64 \(5,\).*expected floating point"),
         ({"target_T": torch.zeros(3, dtype=torch.int32)}, "target_T is torch.int32"),
         ({"target_T": torch.zeros(2, dtype=torch.int64)}, r"target_T is torch.int64 \(2,\)"),
         (

@@ -10,6 +10,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -61,6 +62,117 @@ def test_the_kernels_are_launched(make_head, monkeypatch):
     torch.autograd.grad(stats.entropy_T.sum(), list(leaves.values()))
     # 300 columns through a buffer of 128: three vocabulary splits in the backward.
     assert launches == ["stats_kernel", "merge_kernel", *["dlogits_kernel"] * 3]
+
+
+def _dlogits_bytes(T, rows, columns, H, dtype, weight_dtype):
+    """What the backward allocates for one split: the upper bound over the dtypes' cases, each tensor by name."""
+    dz = dtype if dtype == weight_dtype else torch.float32
+    slice_MH = 4 * columns * H  # grad_w_MH
+    if dz != torch.float32:
+        slice_MH += 4 * columns * H  # the product added to it
+    if weight_dtype != dz:
+        slice_MH += 4 * columns * H  # factor_MH
+    per_row = max(4 if dz != torch.float32 else 0, dz.itemsize)  # the product added to grad_x_TH, or x_NH
+    return dz.itemsize * rows * columns + slice_MH + per_row * rows * H
+
+
+@pytest.mark.parametrize(
+    ("dtype", "weight_dtype"),
+    [
+        (torch.bfloat16, torch.bfloat16),
+        (torch.float32, torch.float32),
+        (torch.bfloat16, torch.float32),
+        (torch.float32, torch.bfloat16),
+    ],
+    ids=str,
+)
+def test_everything_the_backward_holds_is_inside_the_budget(dtype, weight_dtype):
+    pytest.importorskip("triton")
+    from entrocraft.kernels.linear_logprob_triton import BLOCK_T, BLOCK_V, buffer_shape
+
+    element_bytes = (dtype if dtype == weight_dtype else torch.float32).itemsize
+    for V, H in ((151936, 4096), (262144, 8192), (151936, 256), (300, 96)):
+        for budget in (1 << 20, 1 << 28, 1 << 31):
+            columns_of_T = set()
+            for T in (1, 16, 1000, 16384, 131072):
+                rows, columns = buffer_shape(T, V, H, element_bytes=element_bytes, buffer_bytes=budget)
+                assert 1 <= rows <= T
+                assert 1 <= columns <= V
+                least = element_bytes * BLOCK_T * BLOCK_V + 1280 * H
+                assert _dlogits_bytes(T, rows, columns, H, dtype, weight_dtype) <= max(budget, least), (T, V, H)
+                columns_of_T.add(columns)
+            assert len(columns_of_T) == 1, "the number of columns depends on T"
+    # Not by being tiny either: most of the budget is used where there are rows enough.
+    rows, columns = buffer_shape(16384, 151936, 4096, element_bytes=2, buffer_bytes=1 << 28)
+    assert min(rows, columns) > 4000
+
+
+@needs_triton
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_several_blocks_and_splits_as_one(make_head, dtype):
+    # The least budget: two row blocks and two splits; the first row block has no gradient at all.
+    head = make_head(100, 150, 20, dtype=dtype, bias=True)
+    upstream = torch.randn(100, device=head.target_T.device)
+    upstream[:70] = 0.0
+    results = []
+    for buffer_bytes in (1, 1 << 28):
+        stats, leaves = head.run(linear_logprob_entropy, buffer_bytes=buffer_bytes)
+        results.append(torch.autograd.grad([stats.logprob_T, stats.entropy_T], list(leaves.values()), [upstream] * 2))
+    for split, whole in zip(*results, strict=True):
+        size = float(whole.abs().max())
+        torch.testing.assert_close(split, whole, rtol=0, atol=size * (1e-6 if dtype == torch.float32 else 1e-3))
+
+
+def _signature(kernel, constants: dict) -> dict[str, str]:
+    pointers = {"x_ptr": "*bf16", "w_ptr": "*bf16", "y_ptr": "*i64", "row_ptr": "*i64", "count_ptr": "*i32"}
+    kinds = {"inv_temperature": "fp32", "softcap": "fp32"}
+    return {
+        name: "constexpr"
+        if name in constants
+        else pointers.get(name, "*fp32")
+        if name.endswith("_ptr")
+        else kinds.get(name, "i32")
+        for name in kernel.arg_names
+    }
+
+
+@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter compiles nothing")
+@pytest.mark.parametrize("name", ["stats_kernel", "merge_kernel", "dlogits_kernel"])
+def test_no_stride_is_multiplied_in_32_bits(name, tmp_path, monkeypatch):
+    # Compiled for a GPU, which needs none. The partial sums alone reach 2^31 elements at 3.6 million rows of 152k.
+    pytest.importorskip("triton")
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from entrocraft.kernels import linear_logprob_device
+
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    kernel = getattr(linear_logprob_device, name)
+    sizes = {"BLOCK_T": 16, "BLOCK_V": 16, "BLOCK_H": 16, "SPLIT_V": 64, "UPCAST": False}
+    constants = {
+        argument: sizes.get(argument, True)
+        for argument in kernel.arg_names
+        if argument.isupper() and argument not in ("V", "H", "SPLITS")
+    }
+    indices: dict[Any, Any] = {(kernel.arg_names.index(argument),): value for argument, value in constants.items()}
+    source = ASTSource(kernel, _signature(kernel, constants), indices)
+    text = triton.compile(source, target=GPUTarget("cuda", 90, 32)).asm["ttir"]
+    products = [line for line in text.splitlines() if "arith.muli" in line]
+    assert products
+    assert not [line for line in products if "stride" in line and re.search(r"\bi32\b|xi32", line)]
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="fewer than two GPUs")
+def test_a_gpu_that_is_not_the_current_one(make_head):
+    head = make_head(9, 300, 5)
+    first, _ = head.run(linear_logprob_entropy)
+    head.hidden_TH, head.weight_VH, head.target_T = (
+        operand.to("cuda:1") for operand in (head.hidden_TH, head.weight_VH, head.target_T)
+    )
+    stats, leaves = head.run(linear_logprob_entropy)
+    torch.testing.assert_close(stats.entropy_T.cpu(), first.entropy_T.cpu(), rtol=0, atol=1e-6)
+    assert all(gradient.isfinite().all() for gradient in torch.autograd.grad(stats.entropy_T.sum(), [*leaves.values()]))
 
 
 @needs_triton

@@ -29,6 +29,15 @@ def test_what_is_not_finite_must_be_so_in_both(bad):
         assert_no_worse_than_torch(EXACT, EXACT, with_bad, floor=1e9)
 
 
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_torch_alone_overflowing_grants_nothing(bad):
+    in_torch = EXACT + torch.tensor([0.0, 0.0, 0.25])
+    in_torch[1] = bad
+    assert_no_worse_than_torch(EXACT + torch.tensor([0.0, 0.5, 0.0]), in_torch, EXACT, floor=0.0)
+    with pytest.raises(AssertionError, match=r"error 5.625e-01 at flat index 0, allowed 2 x 2.500e-01"):
+        assert_no_worse_than_torch(EXACT + torch.tensor([0.5625, 0.0, 0.0]), in_torch, EXACT, floor=0.0)
+
+
 def test_shapes_must_agree_and_empty_ones_pass():
     with pytest.raises(AssertionError, match="shapes"):
         assert_no_worse_than_torch(EXACT[:2], EXACT, EXACT)
