@@ -17,6 +17,9 @@ from entrocraft.rollouts import check_packing
 # exp(20) is finite in fp32 with room for a product; ratios that far off carry no information anyway.
 _LOG_RATIO_LIMIT = 20.0
 
+# Aggregations whose denominator depends on what is kept: changes predicted with everything kept do not add up there.
+KEPT_DENOMINATORS = ("kept_tokens", "eq5")
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PPOClip:
@@ -27,7 +30,8 @@ class PPOClip:
         l = min(l, -dual_clip A)      where A < 0
 
     The gradient is that of `-r A`, and 0 where a clip binds: `A > 0, r > 1 + clip_high`; `A < 0, r < 1 - clip_low`;
-    `A < 0, r > dual_clip`. At r = 1 it is the plain policy gradient, `-A`.
+    `A < 0, r > dual_clip`. The clamp removes it too, beyond a log-ratio of -20 or 20. At r = 1 it is the plain policy
+    gradient, `-A`.
 
     clip_low, clip_high: 0 < clip_low <= 1, clip_high > 0; 0.2 and 0.2 (0.2 and 0.28 is Clip-Higher).
     dual_clip: > 1, or None for none.
@@ -48,7 +52,9 @@ class PPOClip:
             raise ValueError(f"dual_clip = {self.dual_clip!r}: expected > 1, such as 3.0, or None for no dual clip")
 
     def __call__(self, logprob_T: Tensor, old_logprob_T: Tensor, advantage_T: Tensor) -> Tensor:
-        """loss_T, in the dtype of logprob_T; differentiable with respect to logprob_T alone.
+        """loss_T, differentiable with respect to logprob_T alone; in the widest dtype of the three arguments.
+
+        Computed in that dtype: give fp32, in which a ratio near 1 is exact to 1e-7, rather than bf16 (4e-3).
 
         Args:
             logprob_T: log-probabilities under the policy being trained.
@@ -67,14 +73,21 @@ class PPOClip:
         return torch.where(advantage_T < 0, torch.minimum(loss_T, -self.dual_clip * advantage_T), loss_T)
 
     def clipped(self, logprob_T: Tensor, old_logprob_T: Tensor, advantage_T: Tensor) -> dict[str, Tensor]:
-        """Where a clip has removed the gradient, as bool `[T]`: "high" (A > 0), "low" and "dual" (A < 0)."""
+        """Where the gradient has been removed though A is not 0, as bool `[T]`; the three do not overlap.
+
+        "high": A > 0, r above its clip. "low": A < 0, r below its clip. "dual": A < 0, r above dual_clip. What the
+        clamp alone removes counts where it lies: log-ratio below -20 as "low", above 20 as "high" or (A < 0) "dual".
+        """
         with torch.no_grad():
             ratio_T = self._ratio(logprob_T, old_logprob_T, advantage_T)
+            log_ratio_T = logprob_T - old_logprob_T
+            under_T, over_T = log_ratio_T < -_LOG_RATIO_LIMIT, log_ratio_T > _LOG_RATIO_LIMIT
             limit = math.inf if self.dual_clip is None else self.dual_clip
+            positive_T, negative_T = advantage_T > 0, advantage_T < 0
             return {
-                "high": (advantage_T > 0) & (ratio_T > 1.0 + self.clip_high),
-                "low": (advantage_T < 0) & (ratio_T < 1.0 - self.clip_low),
-                "dual": (advantage_T < 0) & (ratio_T > limit),
+                "high": positive_T & ((ratio_T > 1.0 + self.clip_high) | over_T),
+                "low": (negative_T & (ratio_T < 1.0 - self.clip_low)) | ((advantage_T != 0) & under_T),
+                "dual": negative_T & ((ratio_T > limit) | over_T),
             }
 
     @staticmethod

@@ -43,6 +43,9 @@ def test_ppo_values_and_gradients(low: float, high: float, dual: float | None) -
     advantage_T = torch.tensor([a for _, a in cases], dtype=torch.float64)
     loss_T = loss_fn(logprob_T, old_T, advantage_T)
     (gradient_T,) = torch.autograd.grad(loss_T.sum(), logprob_T)
+    flags = loss_fn.clipped(logprob_T, old_T, advantage_T)
+    gone_T = torch.stack(list(flags.values())).sum(0)
+    assert gone_T.tolist() == ((gradient_T == 0) & (advantage_T != 0)).long().tolist()
     for i, (_, advantage) in enumerate(cases):
         loss, slope = _by_cases(float(logprob_T[i].detach()), float(old_T[i]), advantage, low, high, dual)
         assert float(loss_T[i].detach()) == pytest.approx(loss, rel=1e-12, abs=1e-12), cases[i]
