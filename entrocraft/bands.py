@@ -1,9 +1,10 @@
 """The band of entropies around a schedule that a rule leaves alone."""
 
+import contextlib
 import math
 from dataclasses import dataclass
 
-from entrocraft.schedules import Schedule, anchored
+from entrocraft.schedules import NotMeasured, Schedule, anchored
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,6 +52,7 @@ class Band:
         """Look at every step from 0 to `last_step` now, rather than fail in the middle of a run.
 
         Raises:
+            NotMeasured: a step whose schedule waits for the first entropy; those before it are fine.
             ValueError: as `target`, or hi above log V, which no distribution over V tokens reaches.
         """
         for step in range(last_step + 1):
@@ -92,7 +94,7 @@ def between(low: Schedule, high: Schedule) -> Band:
         if not callable(schedule):
             raise ValueError(f"{name} = {schedule!r}: expected a function of the step, such as schedules.constant(0.5)")
     made = Band(low=low, high=high)
-    if getattr(low, "anchored", None) is None and getattr(high, "anchored", None) is None:
+    with contextlib.suppress(NotMeasured):
         made.target(0)
     return made
 

@@ -16,6 +16,9 @@ from entrocraft.registry import lookup
 
 Schedule = Callable[[float], float]
 
+# Nats; above the log of any vocabulary, so that nothing is too large beside it.
+_ANY_ENTROPY = 1e6
+
 
 def constant(value: float) -> Schedule:
     """`value` nats at every step."""
@@ -135,12 +138,16 @@ class oscillate:
         return replace(self, around=anchored(self.around, entropy)) if callable(self.around) else self
 
 
+class NotMeasured(ValueError):
+    """A schedule that begins at the first measured entropy was asked for a value before there was one."""
+
+
 @dataclass(frozen=True, slots=True)
 class measured:
     """A schedule that begins where the model stands: `build(first measured entropy)`, once that is known.
 
     `measured(lambda entropy: linear(entropy, 0.5, 300))`. The controller anchors it at the first entropy it sees;
-    asked for a value before that, it raises.
+    asked for a value before that, it raises `NotMeasured`.
     """
 
     build: Callable[[float], Schedule]
@@ -149,7 +156,7 @@ class measured:
         _callable("build", self.build)
 
     def __call__(self, step: float) -> float:
-        raise ValueError(
+        raise NotMeasured(
             f"a measured schedule was asked for step {step!r} before any entropy was measured: anchor it first "
             "with schedules.anchored(schedule, entropy)"
         )
@@ -181,7 +188,8 @@ def build(name: str, **arguments: Any) -> Schedule:
     """The schedule of that name; `start="measured"` (or `value=`, `around=`) anchors at the first measured entropy.
 
     Raises:
-        ValueError: unknown name, arguments it does not take, or values it refuses.
+        ValueError: unknown name, arguments it does not take, or values it refuses; when it is anchored, values that
+            the measured entropy does not allow.
     """
     make = lookup(SCHEDULES, name, "schedule")
     awaited = [key for key, value in arguments.items() if isinstance(value, str) and value == "measured"]
@@ -194,7 +202,9 @@ def build(name: str, **arguments: Any) -> Schedule:
 
     if not awaited:
         return made(arguments)
-    made(arguments | dict.fromkeys(awaited, 1.0))  # so that a bad argument shows now and not after the first rollouts
+    # A trial, so that a bad argument shows now and not after the first rollouts. What depends on the entropy itself,
+    # such as an amplitude of at most `around`, must wait for it.
+    made(arguments | dict.fromkeys(awaited, _ANY_ENTROPY))
     return measured(lambda entropy: made(arguments | dict.fromkeys(awaited, entropy)))
 
 

@@ -46,6 +46,24 @@ def test_lo_above_hi() -> None:
     later = between(schedules.constant(0.5), schedules.linear(0.6, 0.2, 10))
     with pytest.raises(ValueError, match="lo > hi at step 3"):
         later.check(10)
+    # Compositions can be anchored, but need not wait for it.
+    for high in (
+        schedules.join([schedules.constant(0.0), schedules.constant(2.0)], [5]),
+        schedules.oscillate(schedules.constant(0.1), 0.1, 10),
+    ):
+        with pytest.raises(ValueError, match="lo > hi at step 0"):
+            between(schedules.constant(1.0), high)
+    waiting = between(schedules.constant(1.0), schedules.join([schedules.measured(schedules.constant)], []))
+    with pytest.raises(schedules.NotMeasured):
+        waiting.target(0)
+    with pytest.raises(ValueError, match="lo > hi at step 0"):
+        waiting.anchored(0.9).target(0)
+
+    def broken(step: float) -> float:
+        raise ValueError("no such curve")
+
+    with pytest.raises(ValueError, match="no such curve"):
+        between(schedules.constant(0.0), schedules.join([broken], []))
     with pytest.raises(ValueError, match=r"width = -0.1: .* lo > hi"):
         band(schedules.constant(0.5), -0.1)
 

@@ -162,3 +162,13 @@ def test_registry_builds_what_the_functions_build() -> None:
     ]
     for built, made in pairs:
         assert [built(s) for s in range(12)] == [made(s) for s in range(12)]
+
+
+def test_what_depends_on_the_measured_entropy_waits_for_it() -> None:
+    wave = schedules.build("oscillate", around="measured", amplitude=1.2, period=4)
+    anchored = schedules.anchored(wave, 1.5)
+    assert [anchored(step) for step in range(4)] == pytest.approx([1.5, 2.7, 1.5, 0.3])
+    with pytest.raises(ValueError, match=r"amplitude = 1.2 is more than around = 0.9"):
+        schedules.anchored(wave, 0.9)
+    with pytest.raises(ValueError, match="period = 0"):
+        schedules.build("oscillate", around="measured", amplitude=1.2, period=0)
