@@ -1,9 +1,11 @@
 """EntropyController: holds the entropy of a policy to a schedule by choosing what each update learns from."""
 
+import contextlib
 import math
+import operator
 import warnings
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -17,8 +19,9 @@ from entrocraft.decision import Decision, entropy_metrics, keep_metrics
 from entrocraft.guard import Guard
 from entrocraft.kernels.token_stats import TokenStats
 from entrocraft.prediction import BatchChange, Gain, LossFn, check_temperature
-from entrocraft.rules import Rule, RuleInputs, Verdict
-from entrocraft.schedules import Schedule
+from entrocraft.schedules import NotMeasured, Schedule
+from entrocraft.state import ControllerState
+from entrocraft.verdict import Rule, RuleInputs, Verdict, check_verdict
 
 # A first target this much above the measured entropy, relative and absolute, asks for entropy the model never had.
 _FAR_ABOVE_SHARE = 0.25
@@ -27,27 +30,6 @@ _FAR_ABOVE_NATS = 0.02
 
 class EntropyScheduleWarning(UserWarning):
     """The schedule starts far above the entropy the model has."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ControllerState:
-    """All that a controller remembers; plain numbers, so that JSON keeps it exactly. None: not known yet.
-
-    decided: decisions made. step: of the last one. entropy: then, nats. predicted: P(kept), nats for a unit step, of
-    the last decision. gain, numerator, denominator: see `Gain`. anchor: first entropy measured, nats. excess: first
-    target minus that, nats. kept_fraction: share of rollouts kept by the last decision.
-    """
-
-    decided: int = 0
-    step: int | None = None
-    entropy: float | None = None
-    predicted: float | None = None
-    gain: float = 10.0
-    numerator: float = 0.0
-    denominator: float = 0.0
-    anchor: float | None = None
-    excess: float | None = None
-    kept_fraction: float | None = None
 
 
 class _Aim(NamedTuple):
@@ -78,6 +60,8 @@ class EntropyController:
         min_kept_fraction, min_groups, min_authority: see `Guard`.
         ema, initial_gain: see `Gain`.
         vocab_size: if given, a band above log(vocab_size) is an error.
+        last_step: >= 0, if given: the whole schedule up to it is checked, now or, where it begins at the first
+            measured entropy, in the first decision.
 
     Raises:
         ValueError: any of these out of range, an unknown rule, lo > hi.
@@ -97,9 +81,10 @@ class EntropyController:
         ema: float = 0.9,
         initial_gain: float = 10.0,
         vocab_size: int | None = None,
+        last_step: int | None = None,
     ) -> None:
-        for name, value in (("seed", seed), ("warmup_steps", warmup_steps)):
-            if value < 0:
+        for name, value in (("seed", seed), ("warmup_steps", warmup_steps), ("last_step", last_step)):
+            if value is not None and value < 0:
                 raise ValueError(f"{name} = {value!r}: expected an integer >= 0")
         if vocab_size is not None and vocab_size < 2:
             raise ValueError(f"vocab_size = {vocab_size!r}: expected at least 2 tokens, or None if unknown")
@@ -107,7 +92,10 @@ class EntropyController:
         self._rule = rules.build(rule) if isinstance(rule, str) else rule
         self._guard = Guard(min_kept_fraction=min_kept_fraction, min_groups=min_groups, min_authority=min_authority)
         self._ema = Gain(value=initial_gain, ema=ema).ema
-        self._seed, self._warmup_steps, self._vocab_size = seed, warmup_steps, vocab_size
+        self._seed, self._warmup_steps, self._vocab_size, self._last_step = seed, warmup_steps, vocab_size, last_step
+        if last_step is not None:
+            with contextlib.suppress(NotMeasured):  # the rest is checked once there is an entropy
+                self._band.check(last_step, vocab_size)
         self._state = ControllerState(gain=initial_gain)
 
     def decide(
@@ -126,22 +114,30 @@ class EntropyController:
     ) -> Decision:
         """Decide on the batch scored at `step`, and remember what is needed to judge the next one.
 
-        A pure function of `state_dict()` and the arguments; rollouts in another order get the same verdicts.
+        A pure function of `state_dict()` and the arguments. Given sample_R, rollouts in another order get the same
+        verdicts; without it the order of appearance names them, for the draws of `soft` and the ties of `budget`.
+
+        What rules learn of predicted changes comes from `loss_fn` with everything kept. Their sum over what is kept,
+        which `budget` steers by and the gain is learnt from, is the change of the update only if the denominator of
+        the loss does not depend on what is kept: not so under `losses.KEPT_DENOMINATORS`.
 
         Args:
-            step: >= 0; what the schedule is asked at. The aim of an update is the schedule at step + 1.
+            step: an integer >= 0; what the schedule is asked at. The aim of an update is the schedule at step + 1.
             stats: of the T packed tokens under the policy before the update; with p2_T for the rules that predict.
             rollout_T: int64 `[T]`, non-decreasing. group_R: int64 `[R]`, >= 0. advantage_R: `[R]`, finite.
             reward_R: `[R]`, raw rewards; rule `switch` needs them.
             mask_T: bool `[T]`, tokens the loss counts; None for all.
             loss_fn: logprob_T to the scalar loss of the whole batch with everything kept; None means plain policy
-                gradient, `-sum(mask A logprob) / sum(mask)`.
+                gradient, `-sum(mask A logprob) / sum(mask)`. It holds the given advantages: for a rule that replaces
+                them (`switch`), `predicted_change_kept` is NaN and no gain is learnt, unless it is None.
             temperature: > 0, what the logits were divided by; scalar or `[T]`.
             sample_R: int64 `[R]`, number within the group; None takes the order of appearance.
 
         Raises:
-            ValueError: input that does not fit, by name; the state is then as it was.
+            TypeError: step is no integer.
+            ValueError: input, or the verdict of a rule, that does not fit, by name; the state is then as it was.
         """
+        step = operator.index(step)
         if step < 0:
             raise ValueError(f"step = {step!r}: expected an integer >= 0")
         check_temperature(temperature, len(stats))
@@ -150,13 +146,10 @@ class EntropyController:
         aim = self._aim(step, batch.entropy, state)
         change = BatchChange.of(stats, batch, advantage_R=batch.advantage_R, loss_fn=loss_fn, temperature=temperature)
         judgement = self._judge(batch, aim, change, state, step)
-        verdict, used = judgement.verdict, change
-        if not np.array_equal(verdict.advantage_R, batch.advantage_R):
-            # loss_fn holds the given advantages; those a rule puts in their place go by plain policy gradient.
-            used = BatchChange.of(stats, batch, advantage_R=verdict.advantage_R, loss_fn=None, temperature=temperature)
-        kept = math.nan if used is None else used.kept(verdict.keep_R, verdict.keep_T, batch.rollout_T)
+        verdict = judgement.verdict
+        kept = _kept_change(stats, batch, verdict, change, given_loss=loss_fn is not None, temperature=temperature)
         metrics = entropy_metrics(batch) | keep_metrics(batch, verdict)
-        metrics |= _control_metrics(aim, state, batch.entropy, change, kept)
+        metrics |= _control_metrics(aim, state, step, batch.entropy, change, kept)
         metrics["bypassed"] = float(judgement.bypassed)
         self._state = replace(
             state,
@@ -174,30 +167,25 @@ class EntropyController:
 
     def state_dict(self) -> dict[str, Any]:
         """The state as plain Python numbers and None; JSON keeps it exactly."""
-        return asdict(self._state)
+        return self._state.as_dict()
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue from `state_dict()` of a controller built with the same arguments.
 
         Raises:
-            ValueError: entries missing or unknown.
+            ValueError: entries missing or unknown, or values of the wrong type.
         """
-        known = {field.name for field in fields(ControllerState)}
-        if set(state) != known:
-            raise ValueError(
-                f"controller state lacks {sorted(known - set(state))} and has unknown {sorted(set(state) - known)}: "
-                "expected what state_dict() of this version returned"
-            )
-        self._state = ControllerState(**state)
+        self._state = ControllerState.of(state)
 
     def _observed(self, step: int, entropy: float) -> ControllerState:
         """The state with what this batch tells about the last decision: the gain, and at the first, the anchor."""
         state = self._state
         if state.anchor is None:
-            target = self._band.anchored(entropy).target(step)
-            state = replace(state, anchor=entropy, excess=target - entropy)
-        followed = state.step is not None and step == state.step + 1
-        if not followed or state.predicted is None or state.entropy is None:
+            edges = self._band.anchored(entropy)
+            if self._last_step is not None:
+                edges.check(self._last_step, self._vocab_size)
+            state = replace(state, anchor=entropy, excess=edges.target(step) - entropy)
+        if not _follows(step, state) or state.predicted is None or state.entropy is None:
             return state
         gain = Gain(value=state.gain, ema=self._ema, numerator=state.numerator, denominator=state.denominator).updated(
             entropy - state.entropy, state.predicted
@@ -232,29 +220,29 @@ class EntropyController:
         self, batch: Batch, aim: _Aim, change: BatchChange | None, state: ControllerState, step: int
     ) -> _Judgement:
         """The rule's verdict, or everything kept where the warm-up or the guard says so."""
-        verdict = self._rule(
-            RuleInputs(
-                direction=aim.direction,
-                want=aim.need / state.gain,
-                rollout_T=batch.rollout_T,
-                mask_T=batch.mask_T,
-                group_R=batch.group_R,
-                sample_R=batch.sample_R,
-                advantage_R=batch.advantage_R,
-                reward_R=batch.reward_R,
-                change_T=None if change is None else change.change_T,
-                change_R=None if change is None else change.change_R,
-                seed=self._seed,
-                step=step,
-            )
+        inputs = RuleInputs(
+            direction=aim.direction,
+            want=aim.need / state.gain,
+            rollout_T=batch.rollout_T,
+            mask_T=batch.mask_T,
+            group_R=batch.group_R,
+            sample_R=batch.sample_R,
+            advantage_R=batch.advantage_R,
+            reward_R=batch.reward_R,
+            change_T=None if change is None else change.change_T,
+            change_R=None if change is None else change.change_R,
+            seed=self._seed,
+            step=step,
         )
+        verdict = self._rule(inputs)
+        check_verdict(verdict, inputs, self._rule)
         where = {1: "above", -1: "below", 0: "inside"}[aim.direction]
         place = f"entropy {batch.entropy:.4f} nats {where} the band [{aim.low:.4f}, {aim.high:.4f}]"
         everything = Verdict(keep_R=np.ones(len(batch.group_R), dtype=bool), advantage_R=batch.advantage_R)
         if state.decided < self._warmup_steps:
             reason = f"warm-up {state.decided + 1} of {self._warmup_steps}: {place}, everything kept"
             return _Judgement(everything, bypassed=False, reason=reason)
-        why = "" if isinstance(self._rule, rules.none) else self._guard.reason(batch, verdict)
+        why = "" if isinstance(self._rule, rules.none) else self._guard.reason(batch, verdict, inputs.change_T)
         if why:
             return _Judgement(everything, bypassed=True, reason=f"bypassed, {why}; {place}, everything kept")
         kept = f"kept {int(verdict.keep_R.sum())} of {len(verdict.keep_R)} rollouts"
@@ -262,6 +250,23 @@ class EntropyController:
             tokens = int(np.count_nonzero(verdict.keep_T & batch.mask_T))
             kept = f"kept {tokens} of {len(batch.entropy_N)} tokens"
         return _Judgement(verdict, bypassed=False, reason=f"{place}: {self._rule} {kept}")
+
+
+def _kept_change(
+    stats: TokenStats,
+    batch: Batch,
+    verdict: Verdict,
+    change: BatchChange | None,
+    *,
+    given_loss: bool,
+    temperature: float | Tensor,
+) -> float:
+    """P(K), nats for a unit step: predicted change summed over what is kept; NaN where it is not known."""
+    if not np.array_equal(verdict.advantage_R, batch.advantage_R):
+        if given_loss:  # it holds the given advantages, and plain policy gradient would be in another unit
+            return math.nan
+        change = BatchChange.of(stats, batch, advantage_R=verdict.advantage_R, loss_fn=None, temperature=temperature)
+    return math.nan if change is None else change.kept(verdict.keep_R, verdict.keep_T, batch.rollout_T)
 
 
 def _decision(
@@ -281,10 +286,11 @@ def _decision(
 
 
 def _control_metrics(
-    aim: _Aim, state: ControllerState, entropy: float, change: BatchChange | None, kept: float
+    aim: _Aim, state: ControllerState, step: int, entropy: float, change: BatchChange | None, kept: float
 ) -> dict[str, float]:
     assert state.anchor is not None, "set when the batch was observed"
     assert state.excess is not None, "set together with the anchor"
+    before = state.entropy if _follows(step, state) else None
     return {
         "target": aim.target,
         "band_low": aim.low,
@@ -296,10 +302,15 @@ def _control_metrics(
         "predicted_change_all": math.nan if change is None else math.fsum(change.change_R),
         "predicted_change_kept": kept,
         "predicted_change": state.gain * kept,
-        "realised_change": math.nan if state.entropy is None else entropy - state.entropy,
+        "realised_change": math.nan if before is None else entropy - before,
         "target_start_excess": state.excess,
         "target_start_far_above": float(_far_above(state.excess, state.anchor)),
     }
+
+
+def _follows(step: int, state: ControllerState) -> bool:
+    """Whether the last decision was the one for the step before."""
+    return state.step is not None and step == state.step + 1
 
 
 def _far_above(excess: float, entropy: float) -> bool:

@@ -4,11 +4,12 @@ import math
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from entrocraft.batch import Batch
 from entrocraft.guard import carrying
-from entrocraft.rules import Verdict
+from entrocraft.verdict import Verdict
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -23,6 +24,10 @@ class Decision:
     bypassed: the guard set the rule's verdict aside and everything is kept.
     reason: one sentence.
     metrics: plain floats; NaN where a quantity is not defined for this batch.
+
+    Raises:
+        ValueError: a tensor of another dtype, not one-dimensional, keep_R and advantage_R of different length, or a
+            direction other than -1, 0 and +1.
     """
 
     keep_T: Tensor
@@ -32,6 +37,21 @@ class Decision:
     bypassed: bool
     reason: str
     metrics: dict[str, float]
+
+    def __post_init__(self) -> None:
+        rollouts = self.keep_R.numel()
+        for name, value, dtype in (
+            ("keep_T", self.keep_T, torch.bool),
+            ("keep_R", self.keep_R, torch.bool),
+            ("advantage_R", self.advantage_R, torch.float32),
+        ):
+            size = value.numel() if name == "keep_T" else rollouts
+            if value.shape != (size,) or value.dtype != dtype:
+                raise ValueError(
+                    f"{name} has shape {tuple(value.shape)} and dtype {value.dtype}: expected ({size},) and {dtype}"
+                )
+        if self.direction not in (-1, 0, 1):
+            raise ValueError(f"direction = {self.direction!r}: expected +1 above the band, -1 below it, 0 inside")
 
 
 def entropy_metrics(batch: Batch) -> dict[str, float]:
@@ -55,13 +75,14 @@ def keep_metrics(batch: Batch, verdict: Verdict) -> dict[str, float]:
     rule that does not draw is the kept fraction itself.
     """
     keep_R = verdict.keep_R
+    chance_R = keep_R if verdict.probability_R is None else verdict.probability_R
     active_R = keep_R & (verdict.advantage_R != 0)
     tokens = float(batch.counted_R[keep_R].sum())
     if verdict.keep_T is not None:
         tokens = float(np.count_nonzero(verdict.keep_T & batch.mask_T))
     return {
         "kept_fraction": float(keep_R.mean()),
-        "acceptance_mean": float((keep_R if verdict.probability_R is None else verdict.probability_R).mean()),
+        "acceptance_mean": math.fsum(chance_R) / len(chance_R),
         "kept_token_fraction": tokens / len(batch.entropy_N),
         "kept_fraction_positive": _share(keep_R, batch.advantage_R > 0),
         "kept_fraction_negative": _share(keep_R, batch.advantage_R < 0),

@@ -61,6 +61,10 @@ def predicted_entropy_change(stats: TokenStats, loss_fn: LossFn, *, temperature:
     Its sum is the predicted change of the batch entropy. Ratios, clipping, masks, averaging and importance weights
     are in it because they are in L: a token whose gradient a clip removed predicts exactly 0.
 
+    So is the denominator of L: a sum over a part of the tokens is the change of an update on that part only if L
+    keeps its denominator without the others. `token_mean` does, `kept_tokens` and `eq5` do not
+    (`losses.KEPT_DENOMINATORS`).
+
     Args:
         stats: of the policy that is scored, with p2_T and p2logp_T.
         loss_fn: logprob_T, a leaf that requires grad, to the scalar loss L; any differentiable loss.

@@ -9,64 +9,18 @@ three published forms of one idea and differ on purpose; none of them is a defau
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
 from entrocraft.batch import per_rollout
 from entrocraft.registry import lookup
+from entrocraft.verdict import Rule, RuleInputs, Verdict
 
 LEVELS = ("sequence", "token")
 
 # exp(-50) is 2e-22, less than any uniform of 53 bits but 0: an acceptance probability below it is none.
 _EXPONENT_LIMIT = -50.0
-
-
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class RuleInputs:
-    """What a rule may look at. NumPy arrays on the host, so that every process decides the same, bit for bit.
-
-    direction: m. want: the predicted change, in nats for a unit step, that would meet the schedule's next value.
-    rollout_T: int64, whose token it is. mask_T: bool, tokens the loss counts.
-    group_R, sample_R: int64, the name of a rollout.
-    advantage_R: float64. reward_R: float64 or None; NaN means no verdict.
-    change_T: predicted change of each token, 0 where the mask is False; None where the statistics lack p2.
-    change_R: its float64 sum over each rollout, D; None likewise.
-    seed, step: what randomness may depend on, besides the name of the rollout.
-    """
-
-    direction: int
-    want: float
-    rollout_T: np.ndarray
-    mask_T: np.ndarray
-    group_R: np.ndarray
-    sample_R: np.ndarray
-    advantage_R: np.ndarray
-    reward_R: np.ndarray | None
-    change_T: np.ndarray | None
-    change_R: np.ndarray | None
-    seed: int
-    step: int
-
-
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Verdict:
-    """keep_R: bool, rollouts that keep any token. keep_T: bool, or None for all tokens of the kept rollouts.
-
-    advantage_R: what the loss must use instead of the given advantages.
-    probability_R: float64, the chance each rollout had of being kept, where the rule draws; None where it does not.
-    """
-
-    keep_R: np.ndarray
-    advantage_R: np.ndarray
-    keep_T: np.ndarray | None = None
-    probability_R: np.ndarray | None = None
-
-
-class Rule(Protocol):
-    """Anything that turns `RuleInputs` into a `Verdict`."""
-
-    def __call__(self, inputs: RuleInputs, /) -> Verdict: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,7 +88,11 @@ class switch:
     rollouts all agree (+1 for all-correct above the band, -1 for all-wrong below), a large part of its authority.
     A reward of NaN (no verdict) gets advantage 0.
 
-    Entropy: as `soft`, and stronger, by those prompts. Source: the released code of arXiv 2604.26326.
+    Entropy: as `soft`, and stronger, by those prompts. Source: the released code of arXiv 2604.26326, which has no
+    guard: it trains on whatever is left, where the controller's default limits restore every given advantage once
+    too few rollouts have one. `min_kept_fraction=0, min_groups=0, min_authority=0` switch those limits off (`Guard`).
+    Under a given `loss_fn`, which holds the given advantages, nothing is predicted for the replaced ones.
+
     Raises ValueError for any reward other than -1 and +1: with 0 and 1, min(R, 0) would be 0 and do nothing.
     """
 
@@ -161,8 +119,9 @@ class first_order:
     """Accept when `m D <= 0`: above the band what lowers entropy to first order, below it what raises it.
 
     level: "sequence" judges a rollout by the sum D over its tokens; "token" judges each token by its own.
-    A = 0 has D = 0 and always passes. Entropy: moves towards the band by construction, with all there is; far out
-    of band it may keep a few per cent of the rollouts. Source: this project.
+    A = 0 has D = 0 and always passes. D is that of the loss with everything kept (see `budget`). Entropy: moves
+    towards the band by construction, with all there is; far out of band it may keep a few per cent of the rollouts.
+    Source: this project.
     """
 
     level: str = "sequence"
@@ -184,6 +143,10 @@ class budget:
     P(all) < want: reject the most negative D first until P(K) >= want or no negative D is left. P(all) > want: the
     most positive first until P(K) <= want. Equal ones go in the order of (group, sample, position). It looks
     at neither the band nor the sign of an advantage, and A = 0 (D = 0) is never rejected.
+
+    D comes from the loss with everything kept. P(K) is therefore the change of the update only if the denominator of
+    the loss stays when something is rejected, as in `token_mean`; under `losses.KEPT_DENOMINATORS` (`kept_tokens`,
+    `eq5`) what is kept weighs more than P(K) says, and the aim is missed.
 
     level: "sequence" rejects rollouts, "token" single tokens. Entropy: as near to the schedule as first order and the
     batch allow, in both directions. Source: this project.
@@ -262,7 +225,7 @@ PRESETS: dict[str, Preset] = {
     "paper_v1": Preset(rule=soft(gamma=10.0), aggregation="eq5"),
     # Its second version: Algorithm 1 and Equation 5.
     "paper_v2": Preset(rule=hard(), aggregation="eq5"),
-    # What the authors released, and presumably ran.
+    # What the authors released, and presumably ran; exactly so only with the guard switched off, see `switch`.
     "paper_code": Preset(rule=switch(), aggregation="token_mean"),
 }
 

@@ -11,7 +11,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from entrocraft import EntropyController, EntropyScheduleWarning, PPOClip, rules, schedules, token_weights
+from entrocraft import Decision, EntropyController, EntropyScheduleWarning, PPOClip, rules, schedules, token_weights
 from entrocraft.rules import Rule
 
 ALL_RULES: list[Rule] = [
@@ -181,3 +181,97 @@ def test_any_batch_gives_a_whole_decision(
     assert decision.metrics["active_fraction"] > 0 or bool(decision.keep_T.all())
     if decision.bypassed or (decision.direction == 0 and not isinstance(rule, rules.budget)):
         assert bool(decision.keep_T.all())
+
+
+def test_advantages_a_rule_replaced_are_not_predicted_under_a_loss_that_holds_the_given(
+    scored_batch: Callable[..., Any],
+) -> None:
+    scored = scored_batch(2)
+    target = _entropy(scored) - 0.3
+    weight_T = token_weights(scored.rollout_T, scored.mask_T, scored.group_R, aggregation="seq_mean_token_sum")
+
+    def loss_fn(logprob_T: torch.Tensor) -> torch.Tensor:
+        return -(weight_T * scored.advantage_R[scored.rollout_T] * logprob_T).sum()
+
+    controller = _controller(target, rules.switch())
+    metrics = scored.decide(controller, 0, loss_fn=loss_fn).metrics
+    assert math.isnan(metrics["predicted_change_kept"])
+    assert math.isnan(metrics["predicted_change"])
+    kept_by_none = scored.decide(_controller(target, rules.none()), 0, loss_fn=loss_fn).metrics
+    assert metrics["predicted_change_all"] == kept_by_none["predicted_change_kept"] != 0.0
+    assert controller.state_dict()["predicted"] is None
+    assert scored_batch(3, sharpness=3.0).decide(controller, 1).metrics["gain"] == 10.0
+    # Inside the band nothing is replaced, and the given loss predicts.
+    inside = scored.decide(_controller(_entropy(scored), rules.switch()), 0, loss_fn=loss_fn).metrics
+    assert inside["predicted_change_kept"] == inside["predicted_change_all"]
+
+
+def test_with_the_guard_off_switch_trains_on_what_is_left(scored_batch: Callable[..., Any]) -> None:
+    # All wrong but one, above the band: max(R, 0) leaves a single rollout of 96.
+    scored = scored_batch(8)
+    reward_R = -torch.ones_like(scored.reward_R)
+    reward_R[5] = 1.0
+    left_R = (reward_R > 0).float()
+    target = _entropy(scored) - 0.3
+    guarded = scored.decide(_controller(target, rules.switch()), 0, reward_R=reward_R)
+    assert guarded.bypassed
+    assert torch.equal(guarded.advantage_R, scored.advantage_R)
+    off = {"min_kept_fraction": 0.0, "min_groups": 0, "min_authority": 0.0}
+    for used_R, wanted_R in ((reward_R, left_R), (-torch.ones_like(reward_R), torch.zeros_like(left_R))):
+        decision = scored.decide(_controller(target, rules.switch(), **off), 0, reward_R=used_R)
+        assert not decision.bypassed
+        assert torch.equal(decision.advantage_R, wanted_R)
+        assert bool(decision.keep_T.all())
+
+
+def test_a_token_rule_that_keeps_only_certain_tokens_is_bypassed(scored_batch: Callable[..., Any]) -> None:
+    scored = scored_batch(4)
+    adverse_T = _changes(scored, "token") > 0
+    stats = scored.stats
+    # The policy is certain of every token that would lower entropy: above the band nothing of use passes.
+    certain_T = ~adverse_T
+
+    def sure(value_T: torch.Tensor, value: float) -> torch.Tensor:
+        return torch.where(certain_T, torch.tensor(value), value_T)
+
+    assert stats.p2_T is not None
+    assert stats.p2logp_T is not None
+    stats = replace(
+        stats,
+        logprob_T=sure(stats.logprob_T, 0.0),
+        entropy_T=sure(stats.entropy_T, 0.0),
+        p2_T=sure(stats.p2_T, 1.0),
+        p2logp_T=sure(stats.p2logp_T, 0.0),
+    )
+    controller = _controller(0.0, rules.first_order(level="token"), width=0.01)
+    decision = scored.decide(controller, 0, stats=stats)
+    assert decision.direction == 1
+    assert decision.bypassed
+    assert "starved: 0 of 96 rollouts are kept with an advantage other than 0 and a token that moves" in decision.reason
+    assert bool(decision.keep_T.all())
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"keep_T": torch.ones(3)}, r"keep_T has shape \(3,\) and dtype torch.float32: expected \(3,\) and torch.bool"),
+        ({"keep_T": torch.ones(3, 1, dtype=torch.bool)}, r"keep_T has shape \(3, 1\)"),
+        ({"keep_R": torch.ones(2)}, r"keep_R has shape \(2,\) and dtype torch.float32"),
+        ({"advantage_R": torch.ones(3)}, r"advantage_R has shape \(3,\) .* expected \(2,\) and torch.float32"),
+        ({"advantage_R": torch.ones(2).double()}, "advantage_R .* torch.float64"),
+        ({"direction": 2}, "direction = 2"),
+    ],
+)
+def test_a_decision_checks_its_parts(changes: dict[str, Any], message: str) -> None:
+    parts: dict[str, Any] = {
+        "keep_T": torch.ones(3, dtype=torch.bool),
+        "keep_R": torch.ones(2, dtype=torch.bool),
+        "advantage_R": torch.ones(2),
+        "direction": 0,
+        "bypassed": False,
+        "reason": "",
+        "metrics": {},
+    }
+    assert Decision(**parts).direction == 0
+    with pytest.raises(ValueError, match=message):
+        Decision(**(parts | changes))

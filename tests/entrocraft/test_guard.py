@@ -1,5 +1,7 @@
 """The guard's limits, each just met and just missed."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -80,7 +82,51 @@ def test_advantages_that_the_rule_sets_count_as_authority() -> None:
     assert Guard().reason(full, silenced).startswith("starved: 0 of 10")
 
 
-@pytest.mark.parametrize(("name", "value"), [("min_kept_fraction", -0.1), ("min_authority", 1.5), ("min_groups", 0)])
+@pytest.mark.parametrize(("name", "value"), [("min_kept_fraction", -0.1), ("min_authority", 1.5), ("min_groups", -1)])
 def test_limits_out_of_range(name: str, value: float) -> None:
     with pytest.raises(ValueError, match=f"{name} = {value}"):
         Guard(**{name: value})  # type: ignore[arg-type]
+
+
+def _token_verdict(batch: Batch, keep: list[bool]) -> Verdict:
+    keep_T = np.array(keep)
+    return Verdict(keep_R=keep_T, advantage_R=batch.advantage_R, keep_T=keep_T)
+
+
+def test_tokens_that_move_nothing_do_not_feed() -> None:
+    # 100 rollouts of one token, one prompt: three move entropy, the rest are certain, but for rounding.
+    batch = _batch([1.0] * 100, samples=100)
+    change_T = np.array([1.0, -0.5, 1e-3] + [0.0] * 50 + [1e-8] * 47)
+    passing = [False] + [True] * 99
+    assert Guard().reason(batch, _token_verdict(batch, passing), change_T) == ""
+    starving = [False, False] + [True] * 98
+    why = Guard().reason(batch, _token_verdict(batch, starving), change_T)
+    assert why.startswith("starved: 1 of 100 rollouts are kept with an advantage other than 0 and a token that moves")
+    # Without statistics, or for whole rollouts, all that is kept counts.
+    assert Guard().reason(batch, _token_verdict(batch, starving), None) == ""
+    assert Guard().reason(batch, Verdict(keep_R=np.array(starving), advantage_R=batch.advantage_R), change_T) == ""
+
+
+def test_tokens_outside_the_loss_do_not_feed() -> None:
+    batch = replace(_batch([1.0] * 100, samples=100), mask_T=np.arange(100) >= 50)
+    assert Guard().reason(batch, _token_verdict(batch, [True] * 52 + [False] * 48)) == ""
+    assert Guard().reason(batch, _token_verdict(batch, [True] * 51 + [False] * 49)).startswith("starved: 1 of 100")
+
+
+def test_a_token_verdict_that_rejects_nothing_stands() -> None:
+    batch = _batch([1.0] * 10, samples=1)
+    assert Guard().reason(batch, _token_verdict(batch, [True] * 10), np.zeros(10)) == ""
+
+
+def test_switched_off_it_lets_anything_stand_but_nothing_at_all() -> None:
+    off = Guard(min_kept_fraction=0.0, min_groups=0, min_authority=0.0)
+    batch = _batch([1.0] * 100 + [0.0] * 100, samples=10)
+    assert off.reason(batch, _keep(batch, 1)) == ""
+    assert off.reason(batch, Verdict(keep_R=np.arange(200) == 150, advantage_R=batch.advantage_R)) == ""
+    silenced = Verdict(keep_R=np.ones(200, dtype=bool), advantage_R=np.zeros(200))
+    assert off.reason(batch, silenced) == ""
+    assert off.reason(batch, _token_verdict(batch, [True] + [False] * 199), np.zeros(200)) == ""
+    assert off.reason(batch, _keep(batch, 0)) == "starved: nothing at all is kept"
+    assert off.reason(batch, _token_verdict(batch, [False] * 200)) == "starved: nothing at all is kept"
+    # One limit above 0 and all of it is on.
+    assert Guard(min_kept_fraction=0.0, min_groups=0).reason(batch, silenced).startswith("starved: 0 of 200")

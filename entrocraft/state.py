@@ -1,0 +1,56 @@
+"""What a controller remembers from one decision to the next."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+_WHOLE = ("decided", "step")
+_ALWAYS_KNOWN = ("decided", "gain", "numerator", "denominator")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ControllerState:
+    """All that a controller remembers; plain numbers, so that JSON keeps it exactly. None: not known yet.
+
+    decided: decisions made. step: of the last one. entropy: then, nats. predicted: P(kept), nats for a unit step, of
+    the last decision. gain, numerator, denominator: see `Gain`. anchor: first entropy measured, nats. excess: first
+    target minus that, nats. kept_fraction: share of rollouts kept by the last decision.
+    """
+
+    decided: int = 0
+    step: int | None = None
+    entropy: float | None = None
+    predicted: float | None = None
+    gain: float = 10.0
+    numerator: float = 0.0
+    denominator: float = 0.0
+    anchor: float | None = None
+    excess: float | None = None
+    kept_fraction: float | None = None
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain Python numbers and None."""
+        return asdict(self)
+
+    @staticmethod
+    def of(state: Mapping[str, Any]) -> "ControllerState":
+        """The inverse of `as_dict`.
+
+        Raises:
+            ValueError: entries missing or unknown, or values of another type than `as_dict` gives.
+        """
+        known = {field.name for field in fields(ControllerState)}
+        if set(state) != known:
+            raise ValueError(
+                f"controller state lacks {sorted(known - set(state))} and has unknown {sorted(set(state) - known)}: "
+                "expected what state_dict() of this version returned"
+            )
+        for name, value in state.items():
+            kind = int if name in _WHOLE else (int, float)
+            fits = isinstance(value, kind) and not isinstance(value, bool) and math.isfinite(value)
+            if not fits and (value is not None or name in _ALWAYS_KNOWN):
+                expected = "an integer" if name in _WHOLE else "a finite number"
+                also = "" if name in _ALWAYS_KNOWN else " or None"
+                raise ValueError(f"controller state has {name} = {value!r}: expected {expected}{also}")
+        return ControllerState(**state)
