@@ -2,7 +2,7 @@
 
 import importlib
 
-from entrocraft import EntropyController, rules, schedules
+from entrocraft import EntropyController, losses, rules, schedules
 from entrocraft.train.config import Config, ScheduleConfig
 
 Schedule = schedules.Schedule
@@ -40,8 +40,10 @@ def _imported(path: str, steps: int) -> Schedule:
 def build_controller(config: Config, *, vocab_size: int) -> tuple[EntropyController, str]:
     """The controller, and the aggregation of the loss that goes with it.
 
-    A preset brings its own aggregation; otherwise it is `loss.aggregation`. Raises ValueError for an unknown rule,
-    preset or schedule, naming the nearest.
+    A preset brings its own aggregation; otherwise it is `loss.aggregation`. The whole schedule is checked against the
+    steps of the run, in the first decision where it starts at the measured entropy. Raises ValueError for an unknown
+    rule, preset or schedule, naming the nearest; for a band no policy can be in; and for a rule that predicts under
+    an aggregation that makes the prediction wrong.
     """
     entropy = config.entropy
     if entropy.preset is not None:
@@ -49,12 +51,13 @@ def build_controller(config: Config, *, vocab_size: int) -> tuple[EntropyControl
         rule, aggregation = preset.rule, preset.aggregation
     else:
         options: dict[str, dict[str, object]] = {
-            "soft": {"gamma": entropy.gamma},
+            "soft": {} if entropy.gamma is None else {"gamma": entropy.gamma},
             "first_order": {"level": entropy.level},
             "budget": {"level": entropy.level},
         }
         name = entropy.rule if entropy.rule is not None else "none"
-        rule, aggregation = rules.build(name, **options.get(name, {})), config.loss.aggregation
+        rule, aggregation = rules.build(name, **options.get(name, {})), config.loss.aggregation or "token_mean"
+        _check_predictable(rule, name, aggregation)
     controller = EntropyController(
         build_schedule(entropy.schedule, config.optimizer.steps),
         rule,
@@ -64,5 +67,16 @@ def build_controller(config: Config, *, vocab_size: int) -> tuple[EntropyControl
         min_kept_fraction=entropy.min_kept_fraction,
         min_groups=entropy.min_groups,
         vocab_size=vocab_size,
+        last_step=config.optimizer.steps,
     )
     return controller, aggregation
+
+
+def _check_predictable(rule: rules.Rule, name: str, aggregation: str) -> None:
+    """Raise ValueError where the denominator of the loss would change with what the rule rejects by prediction."""
+    if isinstance(rule, rules.budget | rules.first_order) and aggregation in losses.KEPT_DENOMINATORS:
+        raise ValueError(
+            f"entropy.rule = {name!r} does not go with loss.aggregation = {aggregation!r}: it adds up predicted "
+            "entropy changes of the loss over all tokens, and this denominator shrinks with every rejection; set "
+            "loss.aggregation to 'token_mean'"
+        )
