@@ -34,6 +34,14 @@ def check_float_matrix(name: str, matrix: Tensor, shape: str) -> None:
         raise ValueError(f"{name} is a DTensor; expected a plain tensor: pass {name}.full_tensor()")
 
 
+def check_vocabulary(name: str, matrix: Tensor) -> None:
+    """At least one token."""
+    if matrix.shape[1] == 0:
+        raise ValueError(
+            f"{name} is {tuple(matrix.shape)}; expected a vocabulary of at least one token, [T, V] with V >= 1"
+        )
+
+
 def check_bias(bias_V: Tensor, *, V: int, like: Tensor) -> None:
     """A floating point vector [V] on the device of `like`."""
     if bias_V.shape != (V,) or bias_V.device != like.device or not bias_V.is_floating_point():
@@ -55,7 +63,7 @@ def check_target(target_T: Tensor, *, like: Tensor, V: int, ignore_index: int, v
         return
     outside_T = ((target_T < 0) | (target_T >= V)) & (target_T != ignore_index)
     if target_T.device.type != "cpu":
-        _assert_on_device(~outside_T.any(), f"target_T has ids outside the vocabulary of {V}")
+        assert_on_device(~outside_T.any(), f"target_T has ids outside the vocabulary of {V}")
     elif outside_T.any():
         t = int(outside_T.nonzero()[0, 0])
         raise ValueError(
@@ -64,7 +72,7 @@ def check_target(target_T: Tensor, *, like: Tensor, V: int, ignore_index: int, v
         )
 
 
-def _assert_on_device(condition: Tensor, message: str) -> None:
+def assert_on_device(condition: Tensor, message: str) -> None:
     """The device stops when the condition is False; the caller goes on without waiting for it."""
     torch._assert_async(condition, message)  # pyright: ignore[reportPrivateImportUsage]
 
@@ -97,7 +105,7 @@ def checked_inverse_temperature(
             t = int(wrong_T.nonzero()[0, 0])
             raise ValueError(f"temperature[{t}] is {float(temperature[t])}; expected a positive finite number")
     elif validate:
-        _assert_on_device(~wrong_T.any(), "temperature has an element that is not positive and finite")
+        assert_on_device(~wrong_T.any(), "temperature has an element that is not positive and finite")
     return 1.0 / temperature.to(dtype)
 
 

@@ -26,16 +26,20 @@ LOGIT_SCALES = (
     ("falcon_h1", "lm_head_multiplier", 1),
     ("granite", "logits_scaling", -1),
     ("hyperclovax", "logits_scaling", 1),
-    ("minicpm3", "logit_scale", 1),
+    ("minicpm3", "logits_scaling", -1),
     ("muse_glimmer", "output_multiplier", 1),
 )
+
+
+# What caps the logits; the same thing under two names.
+LOGIT_SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap")
 
 
 class FusedHead:
     """Per-token log-probability and entropy of a Hugging Face causal LM, from its backbone and its head's weight.
 
     ```
-    head = FusedHead(model)                                     # any AutoModelForCausalLM
+    head = FusedHead(model)                       # a causal LM whose head is linear on the backbone's output
     stats = head(target_T, position_T, input_ids=input_ids_BS, attention_mask=mask_BS, temperature=1.0)
     ```
 
@@ -44,7 +48,9 @@ class FusedHead:
     and the weight are first cast to its dtype, as autocast does for a linear layer; sums stay in fp32.
 
     Raises ValueError, when constructed or called, for a model without an output embedding, an encoder-decoder, a head
-    that is not a plain linear layer (LoRA or another adapter, quantized), or an unknown logit scale.
+    that is not a plain linear layer (LoRA or another adapter, quantized), parameters between backbone and head (BERT's
+    transform), or an unknown logit scale. What a model does to its logits in code alone, with neither parameters nor a
+    known entry of its configuration, is not seen here: `check` compares with the model's own logits.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -60,6 +66,7 @@ class FusedHead:
             raise ValueError(f"model is the encoder-decoder {type(self.model).__name__}; expected a causal LM")
         self.scale, self.softcap = _scale_and_softcap(self.model.config)
         self.head_parameters()
+        _check_nothing_between(self.model)
 
     def __call__(
         self,
@@ -154,6 +161,19 @@ class FusedHead:
         return worst
 
 
+def _check_nothing_between(model: Any) -> None:
+    """ValueError for a parameter that is neither backbone's nor head's: a layer before the head, or one beside it."""
+    known = {id(p) for module in (model.base_model, model.get_output_embeddings()) for p in module.parameters()}
+    foreign = [name for name, p in model.named_parameters() if id(p) not in known]
+    if foreign:
+        raise ValueError(
+            f"{type(model).__name__} has {len(foreign)} parameters outside of its backbone and its head, such as "
+            f"{foreign[0]}; expected a head that is linear on the backbone's output. If they transform the hidden "
+            "rows, apply them yourself and use linear_logprob_entropy; if they have no part in the logits (a value "
+            "head), keep them in a module of their own, and compare by FusedHead.check()"
+        )
+
+
 def _scale_and_softcap(config: Any) -> tuple[float, float | None]:
     """Scale and softcap that the model applies to its head's output."""
     text = config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else config
@@ -170,5 +190,5 @@ def _scale_and_softcap(config: Any) -> tuple[float, float | None]:
                     f"config.{attribute} is {getattr(text, attribute)} in the unknown model type {model_type!r}: "
                     "whether it multiplies or divides is not known; look at the model's code and add it to LOGIT_SCALES"
                 )
-    softcap = getattr(text, "final_logit_softcapping", None)
+    softcap = next((cap for name in LOGIT_SOFTCAPS if (cap := getattr(text, name, None)) is not None), None)
     return scale, None if softcap is None else float(softcap)

@@ -19,6 +19,7 @@ from entrocraft.kernels.arguments import (
     check_float_matrix,
     check_softcap,
     check_target,
+    check_vocabulary,
     checked_inverse_temperature,
     compute_dtype,
     no_autocast,
@@ -126,8 +127,11 @@ class _LogitsLogprobEntropy(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         with no_autocast(logit_TV.device):
             values = finish(_forward(logit_TV, target_T, inv_temperature, options))
-        ctx.options, ctx.inv_temperature = options, inv_temperature
-        ctx.save_for_backward(logit_TV, target_T, values.shift_T, values.log_s0_T, values.entropy_T)
+        temperature_T = inv_temperature if isinstance(inv_temperature, Tensor) else None
+        ctx.options, ctx.inv_temperature = options, None if temperature_T is not None else inv_temperature
+        # shift_T is a view, which would keep all sums of the rows alive.
+        kept = values.shift_T.clone(), values.log_s0_T, values.entropy_T, temperature_T
+        ctx.save_for_backward(logit_TV, target_T, *kept)
         if options.collision:
             ctx.mark_non_differentiable(values.p2_T, values.p2logp_T)
         return values.logprob_T, values.entropy_T, values.lse_T, values.p2_T, values.p2logp_T
@@ -135,7 +139,8 @@ class _LogitsLogprobEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx, *grads):
         grad_logprob_T, grad_entropy_T, grad_lse_T, *_ = grads
-        logit_TV, target_T, shift_T, log_s0_T, entropy_T = ctx.saved_tensors
+        logit_TV, target_T, shift_T, log_s0_T, entropy_T, temperature_T = ctx.saved_tensors
+        inv_temperature = ctx.inv_temperature if temperature_T is None else temperature_T
         with torch.no_grad(), no_autocast(logit_TV.device):
             rows = row_coefficients(
                 grad_logprob_T,
@@ -144,10 +149,10 @@ class _LogitsLogprobEntropy(torch.autograd.Function):
                 shift_T=shift_T,
                 log_s0_T=log_s0_T,
                 entropy_T=entropy_T,
-                inv_temperature=ctx.inv_temperature,
+                inv_temperature=inv_temperature,
                 valid_T=target_T != ctx.options.ignore_index,
             )
-            grad_TV = _backward(logit_TV, target_T, ctx.inv_temperature, ctx.options, rows)
+            grad_TV = _backward(logit_TV, target_T, inv_temperature, ctx.options, rows)
         return *refuse_second_derivative("logits_logprob_entropy", [logit_TV], [grad_TV]), None, None, None
 
 
@@ -168,13 +173,15 @@ def logits_logprob_entropy(
     p2logp_T (collision=True) are not. `temperature` is a positive float or a positive tensor [T], and gets no
     gradient; `softcap` a positive cap or None. Rows whose target is `ignore_index` give 0 in every field and no
     gradient, and are not computed. Logits of -inf are tokens of probability 0; a NaN gives NaN. Target ids are checked
-    on a CPU always, on a GPU by a device-side assertion when `validate` is set (the call never waits for the device
-    for it). Transient memory: two fp32 row blocks of about 4 MiB.
+    on a CPU always, on a GPU by a device-side assertion when `validate` is set. On a GPU forward and backward each
+    wait for the device once, to learn which rows have a target or a gradient. Transient memory: a few fp32 row blocks
+    of about 4 MiB, or of one row where that is more.
 
     Raises ValueError for a wrong shape, dtype, id or temperature; RuntimeError when differentiated twice.
     Source: arXiv 2604.26326 (entropy as the controlled quantity); the formulas are derived in `row_stats.py`.
     """
     check_float_matrix("logit_TV", logit_TV, "T, V")
+    check_vocabulary("logit_TV", logit_TV)
     check_target(target_T, like=logit_TV, V=logit_TV.shape[1], ignore_index=ignore_index, validate=validate)
     check_softcap(softcap)
     dtype = compute_dtype(logit_TV)

@@ -1,9 +1,13 @@
 """Bad input to the ops: an error that names the argument, its value and what was expected."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 
 from entrocraft.kernels import linear_logprob_entropy, linear_logprob_entropy_reference, logits_logprob_entropy
+from entrocraft.kernels.arguments import assert_on_device
 
 
 def _arguments(device: str) -> dict:
@@ -51,6 +55,7 @@ def test_linear_head_names_what_is_wrong(changes, message):
     ("changes", "message"),
     [
         ({"logit_TV": torch.zeros(3)}, r"logit_TV is torch.float32 \(3,\).*\[T, V\]"),
+        ({"logit_TV": torch.zeros(3, 0)}, r"logit_TV is \(3, 0\); expected a vocabulary of at least one token"),
         ({"target_T": torch.tensor([0, 7, 1])}, r"target_T\[1\] is 7, outside the vocabulary \[0, 5\)"),
         ({"temperature": 0.0}, "temperature is 0.0"),
         ({"softcap": -3.0}, "softcap is -3.0"),
@@ -73,3 +78,30 @@ def test_target_outside_the_vocabulary_on_a_gpu(device):
     assert actual.logprob_T[0].isnan()
     torch.testing.assert_close(actual.logprob_T[1:], expected.logprob_T[1:], rtol=0, atol=2e-6)
     torch.testing.assert_close(actual.entropy_T, expected.entropy_T, rtol=0, atol=2e-6)
+
+
+def test_the_assertion_of_validate():
+    # On a CPU torch's device-side assertion is an exception at once.
+    assert_on_device(torch.tensor(True), "fine")
+    with pytest.raises(RuntimeError, match="target_T has ids outside the vocabulary of 5"):
+        assert_on_device(torch.tensor(False), "target_T has ids outside the vocabulary of 5")
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@pytest.mark.parametrize(("last", "temperature", "stops"), [(4, 1.0, False), (5, 1.0, True), (4, 0.0, True)])
+def test_validate_stops_the_device(last, temperature, stops):
+    # In a process of its own: after a device-side assertion nothing more runs on the device.
+    script = f"""
+import torch
+from entrocraft.kernels import linear_logprob_entropy
+hidden_TH, weight_VH = torch.randn(3, 4, device="cuda"), torch.randn(5, 4, device="cuda")
+temperature = torch.tensor([1.0, 1.0, {temperature}], device="cuda")
+target_T = torch.tensor([0, -100, {last}], device="cuda")
+linear_logprob_entropy(hidden_TH, weight_VH, target_T, temperature=temperature, validate=True)
+torch.cuda.synchronize()
+"""
+    result = subprocess.run(
+        [sys.executable, "-P", "-c", script], capture_output=True, text=True, timeout=200, check=False
+    )
+    assert (result.returncode != 0) == stops, result.stderr[-2000:]
+    assert ("assert" in result.stderr) == stops, result.stderr[-2000:]

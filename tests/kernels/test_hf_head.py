@@ -8,16 +8,26 @@ import pytest
 import torch
 from torch import nn
 from transformers import (
+    BertConfig,
+    BertLMHeadModel,
     CohereConfig,
     CohereForCausalLM,
+    FalconH1Config,
+    FalconH1ForCausalLM,
     Gemma2Config,
     Gemma2ForCausalLM,
     GPT2Config,
     GPT2LMHeadModel,
     GraniteConfig,
     GraniteForCausalLM,
+    HyperCLOVAXConfig,
+    HyperCLOVAXForCausalLM,
+    MiniCPM3Config,
+    MiniCPM3ForCausalLM,
     Qwen3Config,
     Qwen3ForCausalLM,
+    RecurrentGemmaConfig,
+    RecurrentGemmaForCausalLM,
 )
 
 from entrocraft.kernels import FusedHead, TokenStats, logits_logprob_entropy_reference
@@ -178,6 +188,34 @@ class LoRALinear(nn.Linear):
     def __init__(self) -> None:
         super().__init__(32, 131, bias=False)
         self.lora_A = nn.ModuleDict({"default": nn.Linear(32, 4, bias=False)})
+
+
+# The other families that do something to their logits, each by its own name for it.
+def test_scales_and_softcaps_under_other_names(device):
+    small: dict[str, Any] = SIZES | {"pad_token_id": 0, "initializer_range": 0.3}
+    whole = small | {"num_key_value_heads": 4}
+    short = {name: size for name, size in small.items() if name not in ("max_position_embeddings", "initializer_range")}
+    latent: dict[str, Any] = {"kv_lora_rank": 8, "q_lora_rank": 8, "qk_nope_head_dim": 8, "qk_rope_head_dim": 8}
+    mamba: dict[str, Any] = {"mamba_d_ssm": 32, "mamba_n_heads": 4, "mamba_d_head": 8, "mamba_d_state": 8}
+    blocks: dict[str, Any] = {"lru_width": 32, "head_dim": 8, "block_types": ("recurrent", "attention")}
+    models = {
+        (0.5, None): HyperCLOVAXForCausalLM(HyperCLOVAXConfig(**small, logits_scaling=0.5)),
+        (4.0, None): MiniCPM3ForCausalLM(MiniCPM3Config(**whole, **latent, v_head_dim=8, dim_model_base=128)),
+        (0.25, None): FalconH1ForCausalLM(FalconH1Config(**small, **mamba, mamba_n_groups=1, lm_head_multiplier=0.25)),
+        (1.0, 0.5): RecurrentGemmaForCausalLM(RecurrentGemmaConfig(**short, **blocks, logits_soft_cap=0.5)),
+    }
+    for expected, model in models.items():
+        head = FusedHead(model.to(torch.device(device)).eval())
+        assert (head.scale, head.softcap) == expected, type(model).__name__
+        assert head.check(torch.randint(0, 131, (2, 9), device=device), tolerance=1e-5) < 1e-5
+
+
+def test_a_layer_between_backbone_and_head_is_refused():
+    # BERT transforms the hidden rows before its decoder; without the refusal the answer is off by half a nat.
+    sizes = {name: size for name, size in SIZES.items() if name != "num_key_value_heads"}
+    model = BertLMHeadModel(BertConfig(**sizes, is_decoder=True))
+    with pytest.raises(ValueError, match=r"BertLMHeadModel has 4 parameters outside.*cls.predictions.transform.dense"):
+        FusedHead(model)
 
 
 def test_what_cannot_be_right_is_refused(device):

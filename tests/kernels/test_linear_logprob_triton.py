@@ -39,6 +39,25 @@ def test_all_tests_of_the_op_under_the_interpreter():
     assert "no GPU" not in result.stdout, "tests that need Triton were left out under the interpreter"
 
 
+def test_without_triton_the_torch_path_computes():
+    # A process in which triton cannot be imported, asked to use it.
+    script = """
+import sys, torch
+sys.modules["triton"] = None
+from entrocraft.kernels import linear_logprob_entropy
+weight_VH = torch.tensor([[2.0], [1.0], [0.0], [-1.0]], requires_grad=True)
+stats = linear_logprob_entropy(torch.ones(1, 1), weight_VH, torch.tensor([0]))
+stats.entropy_T.sum().backward()
+print(float(stats.entropy_T), float(weight_VH.grad[0]))
+"""
+    environment = os.environ | {"TRITON_INTERPRET": "1"}
+    result = subprocess.run(
+        [sys.executable, "-P", "-c", script], env=environment, capture_output=True, text=True, timeout=200, check=False
+    )
+    assert result.returncode == 0, result.stderr[-2000:]
+    assert [float(number) for number in result.stdout.split()] == pytest.approx([0.9475370, -0.3266881], abs=1e-6)
+
+
 @needs_triton
 def test_the_kernels_are_launched(make_head, monkeypatch):
     from entrocraft.kernels import linear_logprob_triton
