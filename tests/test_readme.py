@@ -1,5 +1,6 @@
 """The README's promises that a machine can check: its example runs, its files and commands exist."""
 
+import json
 import os
 import re
 import subprocess
@@ -56,3 +57,26 @@ def test_every_gold_answer_of_gsm8k_is_graded_as_correct():
             scores = pool.score(completions, answers, texts).reward_R
             assert [problems[i].answer for i in (scores != 1).nonzero()[:, 0].tolist()] == []
     assert len(problems) == len(prompts) == 1319
+
+
+def demo_table() -> str:
+    """The README's table of the demo, made from the committed summaries of its three seeds."""
+    summaries = [json.loads((ROOT / f"bench/results/demo_seed{seed}.json").read_text()) for seed in (1, 2, 3)]
+    lines = [
+        "| arm | entropy, nats | error against the target | held-out reward | pass@8 | distinct right answers of 8 |",
+        "|---|---|---|---|---|---|",
+    ]
+    for name in summaries[0]["arms"]:
+        arms = [summary["arms"][name] for summary in summaries]
+
+        def spread(key: str, digits: int, arms: list[dict] = arms) -> str:
+            return " / ".join(f"{arm[key]:.{digits}f}" for arm in arms)
+
+        ends = f"{arms[0]['entropy_start']:.2f} to {spread('entropy_end', 2)}"
+        cells = (spread("tracking_mae", 3), spread("reward", 2), spread("pass_at_8", 2), spread("distinct_correct", 1))
+        lines.append(f"| `{name}` | {ends} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def test_the_table_of_the_demo_is_what_was_measured():
+    assert demo_table() in README, f"put this into README.md:\n{demo_table()}"

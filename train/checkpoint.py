@@ -2,7 +2,8 @@
 
 A checkpoint is written into a folder beside its place, synced to disk, given a completion mark with the size of every
 file, and renamed; a folder without a mark, or whose files do not match it, is ignored. Tensors are stored by
-`torch.distributed.checkpoint`; everything else that decides the next step is JSON.
+`torch.distributed.checkpoint`, whose index is a pickle: resume only runs whose folder you trust. Everything else that
+decides the next step is JSON.
 """
 
 import hashlib
@@ -19,7 +20,12 @@ from typing import Any
 import torch
 from torch import nn
 from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
-from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.checkpoint.state_dict import (
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
 
 _MARK = "COMPLETE.json"
 _STATE = "state.json"
@@ -80,21 +86,31 @@ class CheckpointFolder:
         changed."""
         return sorted(folder for folder in self.root.glob("step_*") if folder.suffix != "" or not is_whole(folder))
 
+    def remove_unfinished(self) -> None:
+        """Removes what a killed process left of a checkpoint that it was writing. Only for the run's one writer."""
+        for folder in self.root.glob("step_*.writing-*"):
+            shutil.rmtree(folder)
+
     def save(self, step: int, model: nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> Path:
         """Writes one checkpoint and removes all but the newest `keep`. `state` must be JSON-able.
 
-        The optimizer must have made at least one step or hold no state yet. Raises OSError when the disk is full or not
-        writable; older checkpoints are untouched then.
+        Model and optimizer are left as they are. Raises OSError when the disk is full or not writable; older
+        checkpoints are untouched then.
         """
         place = self.root / f"step_{step:06d}"
         aside = self.root / f"step_{step:06d}.writing-{os.getpid()}-{time.time_ns()}"
         aside.mkdir(parents=True)
         try:
-            weights, moments = get_state_dict(model, optimizer)
-            tensors = {"model": weights, "optimizer": moments, "torch_rng": torch.get_rng_state()}
+            tensors = {"model": get_model_state_dict(model), "torch_rng": torch.get_rng_state()}
+            # Asked for its state before its first step, an optimizer is made to take a hidden one, which would change
+            # the bias correction of all that follow: so an unused optimizer is recorded as such.
+            used = bool(optimizer.state)
+            if used:
+                tensors["optimizer"] = get_optimizer_state_dict(model, optimizer)
             with _one_process():
                 state_dict_saver.save(tensors, checkpoint_id=aside, no_dist=True)
-            _write_json(aside / _STATE, {**state, "step": step, "model_fingerprint": model_fingerprint(model)})
+            own = {"step": step, "model_fingerprint": model_fingerprint(model), "optimizer_used": used}
+            _write_json(aside / _STATE, {**state, **own})
             sizes = {file.name: file.stat().st_size for file in aside.iterdir()}
             for name in sizes:
                 _sync(aside / name)
@@ -127,10 +143,13 @@ class CheckpointFolder:
                 f"{model_fingerprint(model)}): names, shapes or types of parameters differ. Resume with the model "
                 "it was written by, or choose another run_dir"
             )
-        weights, moments = get_state_dict(model, optimizer)
-        tensors = {"model": weights, "optimizer": moments, "torch_rng": torch.get_rng_state()}
+        tensors = {"model": get_model_state_dict(model), "torch_rng": torch.get_rng_state()}
+        if state["optimizer_used"]:
+            tensors["optimizer"] = get_optimizer_state_dict(model, optimizer)
         with _one_process():
             state_dict_loader.load(tensors, checkpoint_id=folder, no_dist=True)
-        set_state_dict(model, optimizer, model_state_dict=tensors["model"], optim_state_dict=tensors["optimizer"])
+        set_model_state_dict(model, tensors["model"])
+        if state["optimizer_used"]:
+            set_optimizer_state_dict(model, optimizer, tensors["optimizer"])
         torch.set_rng_state(tensors["torch_rng"])
         return state

@@ -32,7 +32,7 @@ def evaluate(argv: Sequence[str]) -> int | None:
 def report(argv: Sequence[str]) -> int | None:
     """write report.html and curves.png of a run from its recorded metrics"""
     parser = argparse.ArgumentParser(prog="entrocraft report", description=report.__doc__)
-    parser.add_argument("run", type=Path, nargs="+", help="folder of a run, such as runs/demo")
+    parser.add_argument("run", type=Path, nargs="+", help="folder of a run, such as runs/demo/budget")
     runs = parser.parse_args(argv).run
     from entrocraft.train.report import write_report
 

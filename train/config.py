@@ -55,8 +55,6 @@ class ModelConfig:
     """Folder or hub id of a Hugging Face causal LM (safetensors). Leave empty to build `model.tiny`."""
     tiny: TinyModelConfig = TinyModelConfig()
     """Shape of the model that is built when `model.path` is empty."""
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    """Type of the weights and of the forward pass."""
     trust_remote_code: bool = False
     """Whether code shipped with the model may run. Off: a downloaded model cannot execute anything here."""
     gradient_checkpointing: bool = False
@@ -205,9 +203,9 @@ class LossConfig:
     """PPO: ratios above 1 + clip_high stop counting for positive advantages."""
     dual_clip: float | None = 3.0
     """Bound on the loss of a negative advantage, as a multiple of it; empty is off."""
-    aggregation: str = "token_mean"
-    """What the loss is divided by: `token_mean`, `seq_mean_token_sum`, `seq_mean_token_mean`,
-    `seq_mean_token_sum_norm`, `kept_tokens` or `eq5`."""
+    aggregation: str | None = None
+    """What the loss is divided by: `token_mean` (the default), `seq_mean_token_sum`, `seq_mean_token_mean`,
+    `seq_mean_token_sum_norm`, `fixed`, `kept_tokens` or `eq5`. An `entropy.preset` brings its own."""
     passes: int = 1
     """Times each rollout is used; above 1 clipping comes into play."""
 
@@ -247,8 +245,8 @@ class EntropyConfig:
     """`none`, `soft`, `hard`, `switch`, `first_order` or `budget`."""
     level: Literal["sequence", "token"] = "sequence"
     """`first_order` and `budget`: reject whole rollouts or single tokens."""
-    gamma: float = 10.0
-    """`soft`: steepness of the acceptance probability."""
+    gamma: float | None = None
+    """`soft`: steepness of the acceptance probability; 10 when empty."""
     schedule: ScheduleConfig = ScheduleConfig()
     """The curve."""
     width: float = 0.1
@@ -291,14 +289,19 @@ class OptimizerConfig:
     """Decoupled weight decay."""
     grad_clip: float = 1.0
     """Largest gradient norm."""
-    max_bad_updates: int = 3
-    """Stop after so many updates in a row were skipped because loss or gradient was not finite."""
+    max_bad_steps: int = 3
+    """Stop after so many steps in a row that could not be trained on: loss, gradient or score not finite, or no verdict
+    on any rollout."""
 
     def __post_init__(self) -> None:
         _require(self.steps > 0, "optimizer.steps", self.steps, "a positive number")
-        _require(self.lr > 0, "optimizer.lr", self.lr, "a number above 0")
-        _require(self.grad_clip > 0, "optimizer.grad_clip", self.grad_clip, "a number above 0")
-        _require(self.max_bad_updates > 0, "optimizer.max_bad_updates", self.max_bad_updates, "a positive number")
+        for name in ("lr", "grad_clip"):
+            value = getattr(self, name)
+            _require(0 < value < float("inf"), f"optimizer.{name}", value, "a finite number above 0")
+        for name in ("warmup_steps", "weight_decay"):
+            _require(getattr(self, name) >= 0, f"optimizer.{name}", getattr(self, name), "0 or more")
+        _require(all(0 <= beta < 1 for beta in self.betas), "optimizer.betas", self.betas, "two numbers in [0, 1)")
+        _require(self.max_bad_steps > 0, "optimizer.max_bad_steps", self.max_bad_steps, "a positive number")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -355,3 +358,10 @@ class Config:
     optimizer: OptimizerConfig = OptimizerConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
+
+    def __post_init__(self) -> None:
+        if self.entropy.preset is not None:  # what is saved with the run must be what ran
+            for name, value in (("loss.aggregation", self.loss.aggregation), ("entropy.gamma", self.entropy.gamma)):
+                _require(
+                    value is None, name, value, f"nothing: entropy.preset = {self.entropy.preset!r} brings its own"
+                )

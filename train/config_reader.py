@@ -66,6 +66,9 @@ def _check_file(path: str) -> None:
 
 def _explain(message: str) -> ValueError:
     """Turns the parser's message into one that names the setting, or the nearest right one."""
+    stray = re.search(r"unrecognized arguments: ([^-\s]\S*)", message)
+    if stray:
+        return ValueError(f"unexpected `{stray[1]}`: settings begin with --; for a file, write --config {stray[1]}")
     unknown = re.search(r"unrecognized arguments: --([\w.]+)", message)
     if unknown:
         return _unknown(unknown[1])
@@ -80,8 +83,8 @@ def build_parser() -> ArgumentParser:
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
     parser = ArgumentParser(
         prog="train.py",
-        description="RL of a language model along an entropy curve. Example: train.py --config train/configs/demo.yaml "
-        "--batch.prompts_per_step 64",
+        description="RL of a language model along an entropy curve. Example: "
+        "train.py --config train/configs/gsm8k_tiny.yaml --data.train gsm8k_train.jsonl --optimizer.steps 20",
         exit_on_error=False,
     )
     parser.add_argument("--config", action="config", help="YAML file; options after it override its values.")

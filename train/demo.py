@@ -112,14 +112,16 @@ def _installed(name: str) -> bool:
 
 def show(summary: dict[str, Any], console: Console) -> None:
     """Prints the table of the arms."""
+    passed = next(key for key in next(iter(summary["arms"].values())) if key.startswith("pass_at_"))
+    samples = passed.removeprefix("pass_at_")
     table = Table(title=f"seed {summary['seed']}", title_justify="left")
     for column in (
         "arm",
         "entropy",
         "tracking error",
         "held-out reward",
-        "pass@8",
-        "distinct right of 8",
+        f"pass@{samples}",
+        f"distinct right of {samples}",
         "kept",
         "seconds",
     ):
@@ -130,7 +132,7 @@ def show(summary: dict[str, Any], console: Console) -> None:
             f"{arm['entropy_start']:.2f} -> {arm['entropy_end']:.2f}",
             f"{arm['tracking_mae']:.3f}",
             f"{arm['reward']:.2f}",
-            f"{arm['pass_at_8']:.2f}",
+            f"{arm[passed]:.2f}",
             f"{arm['distinct_correct']:.1f}",
             f"{arm['kept_fraction']:.0%}",
             f"{arm['seconds']:.0f}",
@@ -139,16 +141,22 @@ def show(summary: dict[str, Any], console: Console) -> None:
 
 
 def begin_again(out: Path, configs: dict[str, Config]) -> None:
-    """Removes what an earlier demo left here, except the arms of an interrupted one with the same settings."""
+    """Removes the arms that an earlier demo left here, except those of an interrupted one with the same settings.
+
+    Raises ValueError for a folder of that name that is no run: it is somebody's, and stays.
+    """
     finished = out / "summary.json"
     for arm, config in configs.items():
-        saved = out / arm / "config.yaml"
+        folder = out / arm
+        saved = folder / "config.yaml"
+        if folder.exists() and any(folder.iterdir()) and not saved.exists():
+            raise ValueError(f"--out {out}: {folder} is not an arm of a demo (no config.yaml); choose another folder")
         try:
             same = saved.exists() and load_config([f"--config={saved}"]) == config
         except ValueError:
             same = False
         if finished.exists() or not same:
-            shutil.rmtree(out / arm, ignore_errors=True)
+            shutil.rmtree(folder, ignore_errors=True)
     finished.unlink(missing_ok=True)
 
 

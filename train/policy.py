@@ -48,16 +48,21 @@ class Policy:
         """
         if config.path is None:
             model, tokenizer = build_tiny_model(config.tiny, seed)
-            model = model.to(dtype=getattr(torch, config.dtype))
         else:
             disable_progress_bar()
-            if config.path.startswith((".", "/", "~")) and not Path(config.path).expanduser().is_dir():
+            path, remote = str(Path(config.path).expanduser()), config.trust_remote_code
+            if config.path.startswith((".", "/", "~")) and not Path(path).is_dir():
                 raise FileNotFoundError(f"model.path = {config.path!r}: no such folder")
-            remote = config.trust_remote_code
-            tokenizer = AutoTokenizer.from_pretrained(config.path, trust_remote_code=remote)
-            model = AutoModelForCausalLM.from_pretrained(
-                config.path, dtype=getattr(torch, config.dtype), use_safetensors=True, trust_remote_code=remote
-            )
+            try:
+                tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=remote)
+                model = AutoModelForCausalLM.from_pretrained(
+                    path, dtype=torch.float32, use_safetensors=True, trust_remote_code=remote
+                )
+            except OSError as error:
+                raise ValueError(
+                    f"model.path = {config.path!r}: neither a folder with a model in safetensors nor a model of the "
+                    f"hub that can be reached: {str(error).splitlines()[0]}"
+                ) from error
         if config.gradient_checkpointing:
             model.gradient_checkpointing_enable()
         return cls(model, tokenizer, temperature=temperature, device=device)

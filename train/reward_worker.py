@@ -30,6 +30,10 @@ class Verdict(NamedTuple):
     timed_out: bool = False
 
 
+LARGEST_SCORE = 3.4028234e38
+"""Largest finite fp32: rewards are kept in that type."""
+
+
 def judge(reward: Reward, row: Row) -> Verdict:
     """Call the reward once and never raise, except for Ctrl-C in a process that listens to it."""
     try:
@@ -42,8 +46,8 @@ def judge(reward: Reward, row: Row) -> Verdict:
         raise
     except BaseException as error:  # sys.exit() in a grader must not end the worker
         return Verdict(error=f"{type(error).__name__}: {error}"[:500])
-    if not math.isfinite(score):
-        return Verdict(error=f"the reward returned {value!r:.200}, expected a finite number or None")
+    if not abs(score) <= LARGEST_SCORE:
+        return Verdict(error=f"the reward returned {value!r:.200}, expected a number that fits into fp32, or None")
     return Verdict(score=score)
 
 

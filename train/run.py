@@ -1,5 +1,7 @@
 """Everything a run holds: what is built once before the first step, and what a checkpoint must bring back."""
 
+import fcntl
+import time
 from pathlib import Path
 from typing import Any
 
@@ -8,15 +10,17 @@ import yaml
 
 from entrocraft import Decision, Rollouts, TokenStats
 from entrocraft.advantages import build as build_advantage
-from entrocraft.losses import token_weights
+from entrocraft.losses import AGGREGATIONS, token_weights
+from entrocraft.registry import lookup
 from entrocraft.train.checkpoint import CheckpointFolder
 from entrocraft.train.config import Config
 from entrocraft.train.config_reader import differences, save_config, to_dict
 from entrocraft.train.control import build_controller
 from entrocraft.train.data import Problem, PromptOrder, drop_long, encode_prompts, load_problems
 from entrocraft.train.errors import NonFiniteError, TrainingStopped
-from entrocraft.train.metrics import METRICS_FILE, MetricsLog
+from entrocraft.train.metrics import EVENTS_FILE, METRICS_FILE, MetricsLog
 from entrocraft.train.policy import Policy, choose_device
+from entrocraft.train.rewards import load_reward
 from entrocraft.train.sampling import HuggingFaceEngine
 from entrocraft.train.step import loss_scale, policy_loss
 
@@ -77,26 +81,28 @@ class Run:
         self.dir = Path(config.run_dir)
         self.checkpoints = CheckpointFolder(self.dir, keep=config.checkpoint.keep)
         self._refuse_or_compare()
+        # Mistakes first, slow things after.
+        policy_loss(config)
+        load_reward(config.reward.name)
+        self.advantage = build_advantage(config.loss.advantage)
         torch.manual_seed(config.seed)
         device = choose_device(config.device)
         self.policy = Policy.load(
             config.model, temperature=config.sampling.temperature, device=device, seed=config.seed
         )
+        self.controller, self.aggregation = build_controller(config, vocab_size=self.policy.vocab_size)
+        lookup(AGGREGATIONS, self.aggregation, "aggregation (loss.aggregation)")
         self.engine = HuggingFaceEngine(
             self.policy.model, config.sampling, eos_ids=self.policy.eos_ids, pad_id=self.policy.pad_id
         )
         self.problems, self.prompts, self.dropped = load_prompts(config.data.train, self.policy, config)
-        self.order = PromptOrder(len(self.problems), config.seed)
-        if config.batch.prompts_per_step > len(self.problems):
-            raise ValueError(
-                f"batch.prompts_per_step = {config.batch.prompts_per_step}: {config.data.train} has only "
-                f"{len(self.problems)} usable problems; lower it or give more"
-            )
-        self.held_out, self.held_out_prompts = [], []
+        self.held_out, self.held_out_prompts, self.held_out_dropped = [], [], 0
         if config.data.eval is not None:
-            self.held_out, self.held_out_prompts, _ = load_prompts(config.data.eval, self.policy, config)
-        self.advantage = build_advantage(config.loss.advantage)
-        self.controller, self.aggregation = build_controller(config, vocab_size=self.policy.vocab_size)
+            self.held_out, self.held_out_prompts, self.held_out_dropped = load_prompts(
+                config.data.eval, self.policy, config
+            )
+        self._check_sizes()
+        self.order = PromptOrder(len(self.problems), config.seed)
         self.optimizer = torch.optim.AdamW(
             self.policy.model.parameters(),
             lr=config.optimizer.lr,
@@ -106,6 +112,23 @@ class Run:
         self.step = 0
         self.samples = 0
         self.bad_in_a_row = 0
+        self.told_of_rewards = False
+
+    def _check_sizes(self) -> None:
+        batch = self.config.batch
+        if batch.prompts_per_step > len(self.problems):
+            raise ValueError(
+                f"batch.prompts_per_step = {batch.prompts_per_step}: {self.config.data.train} has only "
+                f"{len(self.problems)} usable problems; lower it or give more"
+            )
+        prompt = max(map(len, [*self.prompts, *self.held_out_prompts]))
+        response = self.config.sampling.max_response_tokens
+        if prompt + response - 1 > batch.tokens_per_microbatch:  # the last token of a response is not fed
+            raise ValueError(
+                f"batch.tokens_per_microbatch = {batch.tokens_per_microbatch}: the longest prompt of {prompt} tokens "
+                f"and a response of sampling.max_response_tokens = {response} do not fit; expected at least "
+                f"{prompt + response - 1}"
+            )
 
     def _refuse_or_compare(self) -> None:
         whole = self.checkpoints.whole()
@@ -140,10 +163,34 @@ class Run:
         self.controller.load_state_dict(state["controller"])
         return self.step
 
-    def begin(self) -> None:
-        """Creates the run's folder and writes the resolved configuration into it."""
+    def begin(self, resumed: int | None) -> None:
+        """Takes the run's folder for this process, and writes the resolved configuration into it.
+
+        A record without a checkpoint to go on from is set aside under another name, not written over. Raises ValueError
+        when another process is training in this folder.
+        """
         self.dir.mkdir(parents=True, exist_ok=True)
-        save_config(self.config, self.dir / "config.yaml")
+        self._lock = (self.dir / ".lock").open("w")
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(
+                f"run_dir = {self.config.run_dir!r} is in use by another process; stop it, or choose another run_dir"
+            ) from None
+        self.checkpoints.remove_unfinished()
+        metrics = self.dir / METRICS_FILE
+        if resumed is None and metrics.exists() and metrics.stat().st_size:
+            mark = time.strftime("before-%Y%m%d-%H%M%S")
+            for name in (METRICS_FILE, EVENTS_FILE, "config.yaml"):
+                if (self.dir / name).exists():
+                    (self.dir / name).rename(self.dir / f"{name}.{mark}")
+        aside = self.dir / "config.yaml.writing"
+        save_config(self.config, aside)
+        aside.replace(self.dir / "config.yaml")
+
+    def end(self) -> None:
+        """Lets go of the run's folder."""
+        self._lock.close()
 
     def save(self) -> Path:
         """Writes a checkpoint of the present state."""
@@ -216,11 +263,13 @@ class Run:
         log.event("step_skipped", step=self.step, reason=reason, batch=str(path))
 
     def stop_for_bad_steps(self) -> None:
-        """Raises TrainingStopped: too many steps in a row could not be trained on."""
+        """Saves, then raises TrainingStopped: too many steps in a row could not be trained on."""
+        saved = self.save()
         raise TrainingStopped(
-            f"{self.bad_in_a_row} steps in a row had a loss, gradient or score that is not a number, the last at step "
-            f"{self.step}. Their batches are in {self.dir / 'bad_batches'}, the reasons in events.jsonl; the weights "
-            "are those of the last good update. Look at the data or lower optimizer.lr, then go on in another run_dir"
+            f"{self.bad_in_a_row} steps in a row could not be trained on, the last at step {self.step}: a loss, "
+            "gradient or score that is not a number, or no verdict on any rollout. Reasons are in events.jsonl, "
+            f"batches in {self.dir / 'bad_batches'}; {saved} holds the weights of the last good update. Look at the "
+            "data, the reward or optimizer.lr; --resume auto goes on from there"
         )
 
     def batch_table(self) -> list[tuple[str, str]]:
@@ -246,7 +295,8 @@ class Run:
             ),
             (
                 "problems",
-                f"{len(self.problems)} to train on, {len(self.held_out)} held out, {self.dropped} dropped as too long",
+                f"{len(self.problems)} to train on ({self.dropped} dropped as too long), {len(self.held_out)} held out "
+                f"({self.held_out_dropped} dropped)",
             ),
         ]
 

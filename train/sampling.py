@@ -103,6 +103,10 @@ class HuggingFaceEngine:
             input_RL[r, width - len(row) :] = torch.tensor(row)
             mask_RL[r, width - len(row) :] = 1
         device = self.model.device
+        # `generate` fills what is not given from the model's own settings, such as a repetition penalty, with which
+        # rollouts would come from another distribution than the one that is scored. So those are set aside.
+        own = self.model.generation_config
+        self.model.generation_config = GenerationConfig(eos_token_id=self.eos_ids, pad_token_id=self.pad_id)
         settings = GenerationConfig(
             do_sample=True,
             temperature=temperature,
@@ -121,8 +125,10 @@ class HuggingFaceEngine:
                 raise
             raise NonFiniteError(
                 f"the policy of weight version {self.version} gives probabilities that are not numbers: its weights "
-                "are broken, and no rollout can be drawn from it. Go back to an earlier checkpoint, or another model"
+                "are broken, and no rollout can be drawn from it. Start from an earlier checkpoint's weights"
             ) from None
+        finally:
+            self.model.generation_config = own
         assert isinstance(output_RL, Tensor)
         response_RL = output_RL[:, width:].cpu()
         end_RL = torch.isin(response_RL, torch.tensor(self.eos_ids))

@@ -109,7 +109,8 @@ def update(
     """Makes `loss.passes` x `batch.updates_per_step` optimizer updates from one step's rollouts; returns metrics.
 
     An update whose share has no rollout with a gradient is skipped and counted in `updates_empty`. Raises
-    NonFiniteError, before the optimizer moves, when a loss or the gradient norm is not finite.
+    NonFiniteError when a loss or the gradient norm is not finite: that update is not made, those before it in the step
+    stay, and the message says how many.
     """
     loss = policy_loss(config)
     shares = torch.arange(rollouts.P).tensor_split(config.batch.updates_per_step)
@@ -124,11 +125,15 @@ def update(
                 empty += 1
                 continue
             optimizer.zero_grad(set_to_none=True)
-            for name, value in accumulate(policy, share, loss, config.batch.tokens_per_microbatch).items():
+            try:
+                shares_sums = accumulate(policy, share, loss, config.batch.tokens_per_microbatch)
+            except NonFiniteError as error:
+                raise NonFiniteError(f"{error}, after {len(norms)} updates of this step") from None
+            for name, value in shares_sums.items():
                 sums[name] += value
             norm = torch.nn.utils.clip_grad_norm_(policy.model.parameters(), config.optimizer.grad_clip).item()
             if not math.isfinite(norm):
-                raise NonFiniteError(f"the gradient norm is {norm}")
+                raise NonFiniteError(f"the gradient norm is {norm}, after {len(norms)} updates of this step")
             optimizer.step()
             norms.append(norm)
     optimizer.zero_grad(set_to_none=True)

@@ -3,10 +3,12 @@
 import math
 import statistics
 import time
+from collections.abc import Callable
 
 import torch
 
 from entrocraft import Rollouts
+from entrocraft.train.errors import NonFiniteError
 from entrocraft.train.metrics import MetricsLog
 from entrocraft.train.rewards import RewardBatch
 from entrocraft.train.run import Run
@@ -51,9 +53,22 @@ def batch_metrics(run: Run, rollouts: Rollouts, rewards: RewardBatch) -> dict[st
     }
 
 
-def report_rewards(run: Run, rewards: RewardBatch, log: MetricsLog) -> None:
-    """Writes an event when rollouts were left without a verdict by an error or a time-out."""
-    if rewards.errors or rewards.timeouts:
-        log.event(
-            "reward_failed", step=run.step, errors=rewards.errors, timeouts=rewards.timeouts, first=rewards.first_error
+def check_verdicts(rewards: RewardBatch) -> None:
+    """Raises NonFiniteError when no rollout of the batch has a verdict: there is nothing to learn from."""
+    if bool(rewards.reward_R.isnan().all()):
+        raise NonFiniteError(
+            f"none of {len(rewards.reward_R)} rollouts has a verdict: {rewards.errors} errors, {rewards.timeouts} "
+            f"time-outs, {rewards.unscorable} returned None; the first error: {rewards.first_error}"
         )
+
+
+def report_rewards(run: Run, rewards: RewardBatch, log: MetricsLog, say: Callable[[str], None]) -> None:
+    """Writes an event for rollouts left without a verdict, and tells the user the first time it happens."""
+    missing = rewards.errors + rewards.timeouts + rewards.unscorable
+    if not missing:
+        return
+    counts = {"errors": rewards.errors, "timeouts": rewards.timeouts, "unscorable": rewards.unscorable}
+    log.event("reward_failed", step=run.step, **counts, first=rewards.first_error)
+    if not run.told_of_rewards:
+        run.told_of_rewards = True
+        say(f"step {run.step}: no verdict on {missing} of {len(rewards.reward_R)} rollouts: {counts}")

@@ -1,7 +1,7 @@
 """Trains a language model by policy gradient along an entropy curve.
 
-    python train/train.py --config train/configs/demo.yaml
-    python train/train.py --config train/configs/gsm8k_tiny.yaml --data.train problems.jsonl --optimizer.steps 20
+    python train/train.py --config train/configs/gsm8k_tiny.yaml --data.train gsm8k_train.jsonl
+    python train/train.py --config runs/gsm8k_tiny/config.yaml --resume auto
 
 It is GRPO (group-relative advantages, clipped policy gradient, one number per rollout from a program that checks the
 answer) without a critic, without a reference model and without a reward model, plus one thing: between scoring and
@@ -12,7 +12,8 @@ saves and ends; `--resume auto` goes on from there, bit for bit. `--help` lists 
 """
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
@@ -22,17 +23,17 @@ from entrocraft.train.config_reader import load_config
 from entrocraft.train.errors import NonFiniteError, TrainingStopped
 from entrocraft.train.evaluation import completion_texts, evaluate, grade
 from entrocraft.train.interrupt import Interrupt
-from entrocraft.train.metrics import MetricsLog
+from entrocraft.train.metrics import METRICS_FILE, MetricsLog
 from entrocraft.train.progress import Progress
 from entrocraft.train.report import write_report
 from entrocraft.train.rewards import RewardPool
 from entrocraft.train.run import SAMPLE, Run, check_finite
 from entrocraft.train.step import update
-from entrocraft.train.step_metrics import Clock, batch_metrics, report_rewards
+from entrocraft.train.step_metrics import Clock, batch_metrics, check_verdicts, report_rewards
 
 
-def train_step(run: Run, pool: RewardPool, log: MetricsLog) -> dict[str, float | str]:
-    """One step: sample, reward, score, decide, update, publish. Returns its metrics."""
+def train_step(run: Run, pool: RewardPool, log: MetricsLog, say: Callable[[str], None]) -> dict[str, float | str]:
+    """One step: sample, reward, score, decide, update, publish. Returns its metrics; `say` tells of trouble."""
     config, clock = run.config, Clock()
     chosen = run.order.next(config.batch.prompts_per_step)
     rollouts = run.engine.sample(
@@ -43,6 +44,7 @@ def train_step(run: Run, pool: RewardPool, log: MetricsLog) -> dict[str, float |
     clock.lap("reward")
     row: dict[str, float | str] = {"lr": run.set_learning_rate()}
     try:
+        check_verdicts(rewards)
         stats = run.policy.score(rollouts, config.batch.tokens_per_microbatch)
         check_finite(stats)
         clock.lap("score")
@@ -53,10 +55,11 @@ def train_step(run: Run, pool: RewardPool, log: MetricsLog) -> dict[str, float |
         run.bad_in_a_row = 0
     except NonFiniteError as error:
         run.skip_step(rollouts, rewards.reward_R, str(error), log)
+        say(f"step {run.step} skipped: {error}")
     clock.lap("update")
     run.engine.publish(run.step)
     run.samples += rollouts.R
-    report_rewards(run, rewards, log)
+    report_rewards(run, rewards, log, say)
     return row | batch_metrics(run, rollouts, rewards) | clock.metrics(rollouts.T)
 
 
@@ -66,7 +69,7 @@ def train(run: Run, pool: RewardPool, log: MetricsLog, progress: Progress, inter
     saved = run.step
     while run.step < config.optimizer.steps and not interrupt.requested:
         run.step += 1
-        row = train_step(run, pool, log)
+        row = train_step(run, pool, log, progress.print)
         last = run.step == config.optimizer.steps
         if run.held_out and (last or (config.evaluation.every and run.step % config.evaluation.every == 0)):
             row |= evaluate(
@@ -74,7 +77,7 @@ def train(run: Run, pool: RewardPool, log: MetricsLog, progress: Progress, inter
             )
         log.log(run.step, row)
         progress.update(run.step, row)
-        if run.bad_in_a_row >= config.optimizer.max_bad_updates:
+        if run.bad_in_a_row >= config.optimizer.max_bad_steps:
             run.stop_for_bad_steps()
         if run.step % config.checkpoint.every == 0:
             run.save()
@@ -97,24 +100,26 @@ def announce(run: Run, resumed: int | None, console: Console) -> None:
 
 def run_training(config: Config) -> Run:
     """Trains from the start or from the newest checkpoint, then writes the model and the report. Returns the run."""
-    console, interrupt = Console(), Interrupt()
+    console, interrupt, reward = Console(), Interrupt(), config.reward
     run = Run(config)
     resumed = run.resume()
-    run.begin()
     announce(run, resumed, console)
-    reward = config.reward
-    with (
-        interrupt.listening(),
-        RewardPool(reward.name, workers=reward.workers, timeout_s=reward.timeout_s, signed=reward.signed) as pool,
-        MetricsLog(run.dir, resume_step=resumed or 0) as log,
-        Progress(config.optimizer.steps, run.step, console) as progress,
-    ):
-        if run.dropped and resumed is None:
-            log.event("prompts_dropped", count=run.dropped, limit=config.data.max_prompt_tokens)
-        train(run, pool, log, progress, interrupt)
-    run.policy.save(run.dir / "model")
-    report = write_report(run.dir)
-    console.print(f"step {run.step} of {config.optimizer.steps}; report: {report}")
+    run.begin(resumed)
+    try:
+        with (
+            interrupt.listening(),
+            RewardPool(reward.name, workers=reward.workers, timeout_s=reward.timeout_s, signed=reward.signed) as pool,
+            MetricsLog(run.dir, resume_step=resumed) as log,
+            Progress(config.optimizer.steps, run.step, console) as progress,
+        ):
+            if run.dropped and resumed is None:
+                log.event("prompts_dropped", count=run.dropped, limit=config.data.max_prompt_tokens)
+            train(run, pool, log, progress, interrupt)
+        run.policy.save(run.dir / "model")
+    finally:
+        if (run.dir / METRICS_FILE).stat().st_size:
+            console.print(f"step {run.step} of {config.optimizer.steps}; report: {write_report(run.dir)}")
+        run.end()
     return run
 
 
@@ -127,10 +132,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (TrainingStopped, NonFiniteError) as stop:
         print(f"stopped: {stop}", file=sys.stderr)
         return 1
-    return 0 if run.step == config.optimizer.steps else 130
+    return 0 if run.step >= config.optimizer.steps else 130
 
 
 if __name__ == "__main__":
+    # This file's folder stands first on the path: a user's `rewards.py` or `data.py` would be looked for here.
+    sys.path[:] = [path for path in sys.path if Path(path).resolve() != Path(__file__).resolve().parent]
     from entrocraft.train.cli import report_errors
 
     sys.exit(report_errors(main))

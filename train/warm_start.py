@@ -5,6 +5,7 @@ collapsed still scores, but knows one answer a prompt. The warm start is ordinar
 sums; towards its end half of them are wrong by a little, so that the policy starts diverse, and with much to learn.
 """
 
+import hashlib
 import json
 import random
 from pathlib import Path
@@ -68,7 +69,8 @@ def warm_start(folder: Path, shape: TinyModelConfig, seed: int, *, steps: int = 
 
     A function of its arguments: the random numbers come from `seed` alone.
     """
-    place = folder / f"warm_start-v{VERSION}-h{shape.hidden_size}-l{shape.layers}-n{steps}-seed{seed}"
+    digest = hashlib.sha256(f"{VERSION} {shape} {seed} {steps}".encode()).hexdigest()[:12]
+    place = folder / f"warm_start-seed{seed}-{digest}"
     if (place / "tokenizer_config.json").is_file():
         return place
     rng = random.Random(seed)

@@ -101,6 +101,30 @@ def test_another_model_is_refused(tmp_path):
         folder.load_newest(*make(0, wider))
 
 
+def test_saving_an_unused_optimizer_leaves_it_unused(tmp_path):
+    model, optimizer = make(0)
+    folder = CheckpointFolder(tmp_path, keep=1)
+    folder.save(1, model, optimizer, {})
+    assert len(optimizer.state) == 0
+    other, other_optimizer = make(7)
+    folder.load_newest(other, other_optimizer)
+    assert equal(model, other)
+    assert len(other_optimizer.state) == 0
+    learn(model, optimizer, 2)
+    torch.manual_seed(0)  # the stream at the time of the checkpoint
+    folder.load_newest(other, other_optimizer)
+    learn(other, other_optimizer, 2)
+    assert equal(model, other)
+
+
+def test_what_a_killed_writer_left_is_removed(tmp_path):
+    folder = CheckpointFolder(tmp_path, keep=1)
+    (folder.root / "step_000003.writing-1-2").mkdir(parents=True)
+    assert len(folder.broken()) == 1
+    folder.remove_unfinished()
+    assert folder.broken() == []
+
+
 def test_only_the_newest_are_kept(tmp_path):
     folder = CheckpointFolder(tmp_path, keep=2)
     model, optimizer = make(0)

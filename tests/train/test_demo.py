@@ -1,5 +1,6 @@
 """The demo, shortened: the same code, fewer steps; its summary against the metrics it is made from."""
 
+import dataclasses
 import json
 import random
 
@@ -51,21 +52,33 @@ def test_arms_start_alike_and_differ_in_their_rule(finished):
 
 
 def test_again_starts_again_and_interrupted_goes_on(finished, monkeypatch):
-    first = (finished / "summary.json").read_text()
-    begun = (finished / "none" / "metrics.jsonl").stat().st_mtime_ns
-    monkeypatch.setattr(demo, "compare_runs", lambda dirs, out: 1 / 0)  # the machine stops just before the end
-    with pytest.raises(ZeroDivisionError):
-        demo.main(["--out", str(finished), "--seed", "3", *SMALL, *BATCH])
-    again = (finished / "none" / "metrics.jsonl").stat().st_mtime_ns
-    assert again > begun
+    command = ["--out", str(finished), "--seed", "3", *SMALL, *BATCH]
+    first = read_metrics(finished / "none")
+    real = demo.run_training
+
+    def stopped_after_none(config):
+        if "soft" in config.run_dir:
+            raise KeyboardInterrupt
+        return real(config)
+
+    monkeypatch.setattr(demo, "run_training", stopped_after_none)
+    with pytest.raises(KeyboardInterrupt):
+        demo.main(command)
+    again = read_metrics(finished / "none")
+    assert [row["entropy"] for row in again] == [row["entropy"] for row in first]
+    assert [row["seconds"] for row in again] != [row["seconds"] for row in first]  # a finished demo starts anew
     monkeypatch.undo()
-    (finished / "summary.json").unlink()  # as if it had stopped before the summary
-    assert demo.main(["--out", str(finished), "--seed", "3", *SMALL, *BATCH]) == 0
-    rows = read_metrics(finished / "none")
-    assert [row["step"] for row in rows] == [1, 2, 3, 4]
-    second = json.loads((finished / "summary.json").read_text())
-    for name, arm in json.loads(first)["arms"].items():
-        assert second["arms"][name]["entropy"] == arm["entropy"]
+    assert demo.main(command) == 0
+    assert read_metrics(finished / "none") == again  # an interrupted one keeps the arm it had, to the last second
+    assert [row["step"] for row in read_metrics(finished / "budget")] == [1, 2, 3, 4]
+
+
+def test_a_folder_of_somebody_else_stays(tmp_path):
+    (tmp_path / "none").mkdir()
+    (tmp_path / "none" / "thesis.txt").write_text("mine")
+    with pytest.raises(ValueError, match=r"none is not an arm of a demo"):
+        demo.main(["--out", str(tmp_path), *SMALL, *BATCH])
+    assert (tmp_path / "none" / "thesis.txt").read_text() == "mine"
 
 
 def test_warm_start_is_a_function_of_its_seed_and_cached(tmp_path):
@@ -77,6 +90,7 @@ def test_warm_start_is_a_function_of_its_seed_and_cached(tmp_path):
     assert (folder / "model.safetensors").stat().st_mtime_ns == stamp
     torch.rand(3)
     assert (warm_start(tmp_path / "other", shape, 5, steps=3) / "model.safetensors").read_bytes() == written
+    assert warm_start(tmp_path, dataclasses.replace(shape, mlp_size=64), 5, steps=3) != folder
     assert (warm_start(tmp_path, shape, 6, steps=3) / "model.safetensors").read_bytes() != written
     assert AutoModelForCausalLM.from_pretrained(folder).config.model_type == "qwen3"
 

@@ -87,6 +87,19 @@ def test_chunks_of_rollouts_are_drawn_from_the_same_policy(policy):
     assert float(stats.logprob_T.max()) < 1e-6
 
 
+def test_the_models_own_sampling_defaults_do_not_bend_the_distribution(policy):
+    """Instruct models ship a repetition penalty and the like; rollouts must come from what is scored."""
+    expected = engine(policy).sample(PROMPTS, 4, stream=(2,))
+    defaults = policy.model.generation_config
+    defaults.repetition_penalty, defaults.min_new_tokens = 5.0, 8
+    try:
+        rollouts = engine(policy).sample(PROMPTS, 4, stream=(2,))
+        assert policy.model.generation_config.repetition_penalty == 5.0
+    finally:
+        defaults.repetition_penalty, defaults.min_new_tokens = None, None
+    assert same(rollouts, expected)
+
+
 def test_no_end_mark_is_an_error(policy):
     with pytest.raises(ValueError, match="no end-of-sequence token"):
         HuggingFaceEngine(policy.model, SamplingConfig(), eos_ids=[], pad_id=0)

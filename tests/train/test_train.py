@@ -24,6 +24,16 @@ import time
 def odd(completion, answer, prompt):
     return float(len(completion) % 2)
 
+def mute(completion, answer, prompt):
+    return None
+
+seen = 0
+
+def late(completion, answer, prompt):
+    global seen
+    seen += 1
+    return 0.0 if seen <= 32 else float(len(completion) % 2)
+
 def huge(completion, answer, prompt):
     return 3e38 * (len(completion) % 2)
 
@@ -172,9 +182,9 @@ def test_misbehaving_rewards_are_counted_and_the_run_goes_on(work):
 
 
 def test_a_gradient_that_overflows_skips_the_step_counts_it_dumps_the_batch_and_stops(work):
-    huge = ("--reward.name=my_rewards:huge", "--loss.advantage=dr_grpo", "--optimizer.max_bad_updates=2")
+    huge = ("--reward.name=my_rewards:huge", "--loss.advantage=dr_grpo", "--optimizer.max_bad_steps=2")
     done = run(work, *huge, "--entropy.rule=none", code=1)
-    assert "stopped: 2 steps in a row" in done.stderr
+    assert "stopped: 2 steps in a row could not be trained on" in done.stderr
     assert [row["steps_skipped"] for row in rows(work / "run")] == [1, 1]
     events = [json.loads(line) for line in (work / "run" / "events.jsonl").read_text().splitlines()]
     assert [event["kind"] for event in events] == ["step_skipped", "step_skipped"]
@@ -195,7 +205,7 @@ def test_nan_in_hidden_skips_that_step_and_the_next_one_learns(work, monkeypatch
 
     monkeypatch.syspath_prepend(str(work))
     training = Run(load_config([f"--config={work / 'run.yaml'}"]))
-    training.begin()
+    training.begin(None)
     score = training.policy.score
 
     def poisoned_score(*arguments):
@@ -206,7 +216,7 @@ def test_nan_in_hidden_skips_that_step_and_the_next_one_learns(work, monkeypatch
     def weights():
         return torch.cat([p.detach().flatten() for p in training.policy.model.parameters()])
 
-    seen, moved = [], []
+    seen, moved, said = [], [], []
     with (
         RewardPool("my_rewards:odd", workers=0, timeout_s=1.0) as pool,
         MetricsLog(training.dir, resume_step=None) as log,
@@ -216,11 +226,13 @@ def test_nan_in_hidden_skips_that_step_and_the_next_one_learns(work, monkeypatch
             with monkeypatch.context() as patch:
                 if step == 2:
                     patch.setattr(training.policy, "score", poisoned_score)
-                row = train_step(training, pool, log)
+                row = train_step(training, pool, log, said.append)
             log.log(step, row)
             seen.append(row["steps_skipped"])
             moved.append(not torch.equal(before, weights()))
+    training.end()
     assert seen == [0, 1, 0]
+    assert [line[:14] for line in said] == ["step 2 skipped"]
     assert moved == [True, False, True]
     assert training.samples == 3 * 16
     events = [json.loads(line) for line in (training.dir / "events.jsonl").read_text().splitlines()]
@@ -244,6 +256,13 @@ def test_broken_weights_stop_the_run_with_the_reason(work):
     ("overrides", "message"),
     [
         (["--data.train=nowhere.jsonl"], "nowhere.jsonl"),
+        (["--batch.tokens_per_microbatch=16"], "expected at least 18"),
+        (["--loss.aggregation=tokenmean"], "did you mean 'token_mean'?"),
+        (["--loss.clip_low=2"], "clip_low = 2"),
+        (["--optimizer.betas=[2,0.9]"], "optimizer.betas = (2.0, 0.9): expected two numbers in [0, 1)"),
+        (["--optimizer.warmup_steps=-5"], "optimizer.warmup_steps = -5: expected 0 or more"),
+        (["--entropy.preset=paper_v1", "--entropy.rule=null", "--loss.aggregation=kept_tokens"], "brings its own"),
+        (["run.yaml"], "write --config run.yaml"),
         (["--data.answer_field=anser"], "did you mean 'answer'?"),
         (["--data.max_prompt_tokens=4"], "the limit max_prompt_tokens is 4"),
         (["--model.tiny.context=18"], "the limit is the model's context of 18 tokens less 6 for the response"),
@@ -254,9 +273,9 @@ def test_broken_weights_stop_the_run_with_the_reason(work):
         (["--loss.advantage=grop"], "did you mean 'grpo'?"),
         (["--batch.prompts_per_step=14"], "has only 12 usable problems"),
         (["--model.path=./missing"], "model.path = './missing': no such folder"),
+        (["--model.path=missing/model"], "neither a folder with a model"),
         (["--device=cuda:7"], "no CUDA device here"),
         (["--reward.name=odd"], "unknown reward 'odd'"),
-        (["--entropy.preset=paper_code", "--entropy.rule=null"], "-1"),
     ],
     ids=lambda value: value[0].split("=")[0].strip("-") if isinstance(value, list) else "",
 )
@@ -272,7 +291,77 @@ def test_mistakes_are_told_before_anything_is_written(work, overrides, message, 
     told = capsys.readouterr().err.strip()
     assert told.startswith("error: ")
     assert message in told
-    assert not (work / "run" / "checkpoints").exists()
+    assert not (work / "run").exists()
+
+
+def test_switch_refuses_rewards_of_0_and_1(work):
+    done = run(work, "--entropy.preset=paper_code", "--entropy.rule=null", code=2)
+    assert "-1" in done.stderr
+    run(work, "--entropy.preset=paper_code", "--entropy.rule=null", "--reward.signed=true", "--resume=auto")
+    assert rows(work / "run")[-1]["reward"] < 1
+    assert (work / "run" / "config.yaml").exists()
+
+
+def test_a_checkpoint_before_the_first_update_changes_nothing(work):
+    """No reward differs within a group until step 3, so the optimizer is unused when the first checkpoints are made."""
+    late = ("--reward.name=my_rewards:late", "--entropy.rule=none", "--optimizer.steps=6")
+    run(work, *late, "--checkpoint.every=1")
+    run(work, *late, "--checkpoint.every=100", f"--run_dir={work / 'whole'}")
+    updates = [row["updates"] for row in rows(work / "whole")]
+    assert updates[:2] == [0, 0]
+    assert updates[-1] > 0
+    assert rows(work / "run") == rows(work / "whole")
+
+
+def test_one_process_a_folder_and_records_are_set_aside(work):
+    endless = "--optimizer.steps=1000000"
+    process = start(work, endless)
+    wait_for(process, lambda: lines_in(work / "run" / "metrics.jsonl") >= 1)
+    refused = run(work, endless, "--resume=auto", code=2)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    assert "in use by another process" in refused.stderr
+    for mark in (work / "run" / "checkpoints").glob("*/COMPLETE.json"):
+        mark.unlink()
+    before = (work / "run" / "metrics.jsonl").read_text()
+    run(work, "--resume=auto", "--optimizer.steps=2")
+    assert len(rows(work / "run")) == 2
+    (aside,) = (work / "run").glob("metrics.jsonl.before-*")
+    assert aside.read_text() == before
+
+
+def test_no_verdict_at_all_stops_the_run_with_a_checkpoint(work):
+    done = run(work, "--reward.name=my_rewards:mute", "--optimizer.max_bad_steps=2", code=1)
+    assert "stopped: 2 steps in a row could not be trained on" in done.stderr
+    assert "none of 16 rollouts has a verdict" in done.stdout
+    assert [path.name for path in (work / "run" / "checkpoints").iterdir()] == ["step_000002"]
+    assert (work / "run" / "report.html").exists()
+
+
+def test_real_problems_through_the_shipped_configuration(work):
+    """GSM8K's fields and marks, graded by math-verify in worker processes, with a long problem that is dropped."""
+    rows_in = [
+        {"question": f"What is {i} + {i}?", "answer": f"Twice {i} is <<{i}*2={2 * i}>>.\n#### {2 * i:,}"}
+        for i in range(600, 605)
+    ]
+    rows_in.append({"question": "What is 1 + 1? " * 60, "answer": "#### 2"})
+    (work / "gsm8k.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows_in))
+    config = SCRIPT.parent / "configs" / "gsm8k_tiny.yaml"
+    short = ("--optimizer.steps=2", "--sampling.max_response_tokens=8", f"--run_dir={work / 'gsm'}", "--device=cpu")
+    done = subprocess.run(
+        [sys.executable, str(SCRIPT), f"--config={config}", f"--data.train={work / 'gsm8k.jsonl'}", *short],
+        env=environment(work),
+        text=True,
+        cwd=work,
+        capture_output=True,
+        timeout=240,
+    )
+    assert done.returncode == 0, done.stderr
+    for row in rows(work / "gsm"):
+        assert (row["reward"], row["reward_unscorable"], row["reward_errors"]) == (0, 0, 0)
+        assert 5 < row["entropy"] < math.log(259)
+    (event,) = [json.loads(line) for line in (work / "gsm" / "events.jsonl").read_text().splitlines()]
+    assert (event["kind"], event["count"]) == ("prompts_dropped", 1)
 
 
 def test_evaluation_of_a_finished_run(work):
