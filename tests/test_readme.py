@@ -44,11 +44,18 @@ def test_every_gold_answer_of_gsm8k_is_graded_as_correct():
     config = load_config([f"--config={ROOT / 'train/configs/gsm8k_tiny.yaml'}"])
     data = config.data
     path = os.environ["ENTROCRAFT_GSM8K"]
-    fields = {"prompt_field": data.prompt_field, "answer_field": data.answer_field}
-    problems = load_problems(
-        path, prompt_template=data.prompt_template, answer_pattern=data.answer_pattern or None, **fields
-    )
-    solutions = [row.answer for row in load_problems(path, **fields)]
+
+    def load(pattern):
+        return load_problems(
+            path,
+            prompt_field=data.prompt_field,
+            answer_field=data.answer_field,
+            prompt_template=data.prompt_template,
+            answer_pattern=pattern,
+        )
+
+    problems = load(data.answer_pattern)
+    solutions = [row.answer for row in load(None)]
     _, tokenizer = build_tiny_model(config.model.tiny, 0)
     prompts = encode_prompts(problems, tokenizer, chat_template=False, max_prompt_tokens=4096)
     with RewardPool(config.reward.name, workers=2, timeout_s=10) as pool:
