@@ -255,6 +255,9 @@ class EntropyConfig:
     """Steps at the start without control."""
     min_kept_fraction: float = 0.02
     """Fewer rollouts kept than this fraction: the step goes uncontrolled, visibly."""
+    min_authority: float = 0.02
+    """Fewer rollouts with an advantage than this fraction: the step goes uncontrolled, visibly. With this and the two
+    limits around it at 0, only a step that would keep nothing at all goes uncontrolled."""
     min_groups: int = 8
     """Fewer prompts kept than this (or a quarter of the batch's, if less): the step goes uncontrolled, visibly."""
 

@@ -66,6 +66,7 @@ def build_controller(config: Config, *, vocab_size: int) -> tuple[EntropyControl
         warmup_steps=entropy.warmup_steps,
         min_kept_fraction=entropy.min_kept_fraction,
         min_groups=entropy.min_groups,
+        min_authority=entropy.min_authority,
         vocab_size=vocab_size,
         last_step=config.optimizer.steps,
     )

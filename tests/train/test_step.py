@@ -109,10 +109,11 @@ def test_loss_and_gradient_equal_a_plain_loop(batch, aggregation, budget):
     policy.model.zero_grad()
     share = make_share(rollouts, stats, decision, torch.ones(12, dtype=torch.bool), make_config(), aggregation)
     sums = accumulate(policy, share, policy_loss(make_config()), budget)
-    # Weights are fp32 by contract, so 1e-6 and not float64's rounding.
-    assert sums["loss"] == pytest.approx(expected, rel=1e-6, abs=1e-9)
+    # Weights are fp32 by contract: each token's share is rounded by 6e-8 of itself before the sum, whose terms are of
+    # the size of the largest entries where they cancel.
+    assert sums["loss"] == pytest.approx(expected, rel=1e-6, abs=1e-7)
     for p, gradient in zip(policy.model.parameters(), gradients, strict=True):
-        torch.testing.assert_close(p.grad, gradient, rtol=1e-5, atol=1e-8)
+        torch.testing.assert_close(p.grad, gradient, rtol=1e-6, atol=2e-7 * float(gradient.abs().max()))
 
 
 def test_rollouts_without_a_gradient_are_never_run(batch):
