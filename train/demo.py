@@ -82,8 +82,12 @@ def arm_summary(rows: list[dict[str, Any]], samples: int) -> dict[str, Any]:
 
 def provenance() -> dict[str, Any]:
     """Commit (None outside a checkout, with `-dirty` for uncommitted changes), versions and machine."""
-    git = ["git", "-C", str(Path(__file__).resolve().parent)]
+    root = Path(__file__).resolve().parent.parent
+    git = ["git", "-C", str(root)]
     try:
+        top = subprocess.run([*git, "rev-parse", "--show-toplevel"], capture_output=True, text=True, check=True)
+        if Path(top.stdout.strip()).resolve() != root:
+            raise OSError("installed inside somebody else's checkout")
         described = subprocess.run(
             [*git, "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"],
             capture_output=True,

