@@ -94,15 +94,19 @@ class Policy:
     def check(self, prompt: Sequence[int]) -> None:
         """Makes sure, on one prompt, that this model may be scored as `token_stats` does it.
 
-        Raises ValueError when its logits are not what the fused head computes, or when a sequence sees its neighbour in
-        a packed row, as in a model that ignores position ids.
+        Raises ValueError when it gives NaN or infinity, when its logits are not what the fused head computes, or when a
+        sequence sees its neighbour in a packed row, as in a model that ignores position ids.
         """
         self.model.eval()
         ids = torch.tensor([prompt[:64]], device=self.device)
-        self.head.check(ids)
         n = ids.shape[1]
         position = torch.arange(n, device=self.device).repeat(2)[None]
         hidden = self.head.hidden(input_ids=ids.repeat(1, 2), position_ids=position)[0]
+        if not bool(torch.isfinite(hidden).all()):
+            raise ValueError(
+                f"{type(self.model).__name__} gives hidden states that are not numbers: its weights are broken"
+            )
+        self.head.check(ids)
         error = float((hidden[n:] - hidden[:n]).abs().max() / hidden[:n].abs().max())
         if not error < 1e-3:
             raise ValueError(

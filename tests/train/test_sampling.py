@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from entrocraft.train.config import SamplingConfig, TinyModelConfig
+from entrocraft.train.errors import NonFiniteError
 from entrocraft.train.policy import Policy
 from entrocraft.train.sampling import HuggingFaceEngine, stream_seed
 from entrocraft.train.tiny_model import build_tiny_model
@@ -98,6 +99,16 @@ def test_the_models_own_sampling_defaults_do_not_bend_the_distribution(policy):
     finally:
         defaults.repetition_penalty, defaults.min_new_tokens = None, None
     assert same(rollouts, expected)
+
+
+def test_a_policy_of_nan_says_so():
+    shape = TinyModelConfig(hidden_size=16, layers=1, heads=2, mlp_size=32, context=32)
+    model, tokenizer = build_tiny_model(shape, 0)
+    with torch.no_grad():
+        model.model.norm.weight[3] = float("nan")
+    broken = Policy(model, tokenizer, temperature=1.0, device=torch.device("cpu"))
+    with pytest.raises(NonFiniteError, match=r"weight version 0 gives probabilities that are not numbers"):
+        engine(broken).sample(PROMPTS, 1, stream=(0,))
 
 
 def test_no_end_mark_is_an_error(policy):
