@@ -19,8 +19,9 @@ class Tokens:
 
 def test_a_packable_model_passes_with_and_without_softcap():
     Policy.load(ModelConfig(tiny=SHAPE), temperature=1.0, device=torch.device("cpu"), seed=0).check([5, 6, 7, 8])
-    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1}
-    capped = Gemma2ForCausalLM(Gemma2Config(vocab_size=99, intermediate_size=32, head_dim=8, **sizes)).eval()
+    config = Gemma2Config(vocab_size=99, hidden_size=16, intermediate_size=32, num_hidden_layers=2, head_dim=8)
+    config.num_attention_heads, config.num_key_value_heads = 2, 1
+    capped = Gemma2ForCausalLM(config).eval()
     policy = Policy(capped, Tokens(), temperature=1.0, device=torch.device("cpu"))
     policy.check([5, 6, 7, 8])
     assert policy.head.softcap == 30.0
