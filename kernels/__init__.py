@@ -3,13 +3,16 @@
 from entrocraft.kernels.hf_head import FusedHead
 from entrocraft.kernels.linear_logprob import linear_logprob_entropy, linear_logprob_entropy_reference
 from entrocraft.kernels.logits_logprob import logits_logprob_entropy, logits_logprob_entropy_reference
+from entrocraft.kernels.plan import HeadPlan, plan_head
 from entrocraft.kernels.token_stats import TokenStats
 
 __all__ = [
     "FusedHead",
+    "HeadPlan",
     "TokenStats",
     "linear_logprob_entropy",
     "linear_logprob_entropy_reference",
     "logits_logprob_entropy",
     "logits_logprob_entropy_reference",
+    "plan_head",
 ]

@@ -4,19 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import math
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
-
-
-class HeadOptions(NamedTuple):
-    """The arguments of an op that are not tensors."""
-
-    softcap: float | None
-    ignore_index: int
-    collision: bool
-    buffer_bytes: int
 
 
 def compute_dtype(*operands: Tensor) -> torch.dtype:
@@ -32,6 +22,43 @@ def check_float_matrix(name: str, matrix: Tensor, shape: str) -> None:
         )
     if hasattr(matrix, "full_tensor"):
         raise ValueError(f"{name} is a DTensor; expected a plain tensor: pass {name}.full_tensor()")
+
+
+def check_weight(weight_VH: Tensor, *, like: Tensor, sharded: bool) -> None:
+    """[V, H] on the device of hidden `like`, V >= 1 unless it is one shard of several."""
+    check_float_matrix("weight_VH", weight_VH, "V, H")
+    V, H = weight_VH.shape
+    if like.shape[1] != H or (V == 0 and not sharded) or weight_VH.device != like.device:
+        raise ValueError(
+            f"weight_VH is {tuple(weight_VH.shape)} on {weight_VH.device}; expected at least one row of "
+            f"{like.shape[1]} on {like.device}, as hidden_TH has"
+        )
+
+
+def check_bytes(name: str, value: int, *, least: int, such_as: int) -> None:
+    """A number of bytes."""
+    if value < least:
+        raise ValueError(
+            f"{name} is {value}; expected {'a positive' if least else 'a'} number of bytes, such as {such_as}"
+        )
+
+
+def check_main_grad(name: str, main_grad: Tensor | None, operand: Tensor, bias_V: Tensor | None = None) -> None:
+    """None, or where the gradient of `operand` is to be added: its shape, its device, the dtype sums are kept in."""
+    if main_grad is None:
+        return
+    dtype = compute_dtype(operand)
+    if main_grad.shape != operand.shape or main_grad.dtype != dtype or main_grad.device != operand.device:
+        raise ValueError(
+            f"{name}_main_grad is {main_grad.dtype} {tuple(main_grad.shape)} on {main_grad.device}; expected {dtype} "
+            f"{tuple(operand.shape)} on {operand.device}, as the gradient of {name} in full precision"
+        )
+    if main_grad.requires_grad:
+        raise ValueError(f"{name}_main_grad requires a gradient; expected a plain buffer: pass it detached")
+    if bias_V is not None and bias_V.requires_grad:
+        raise ValueError("weight_main_grad_VH with a bias_V that requires a gradient; freeze the bias, or leave it out")
+    if torch.compiler.is_compiling():
+        raise ValueError(f"{name}_main_grad under torch.compile, which has no place for it; leave it out there")
 
 
 def check_vocabulary(name: str, matrix: Tensor) -> None:
@@ -51,8 +78,8 @@ def check_bias(bias_V: Tensor, *, V: int, like: Tensor) -> None:
         )
 
 
-def check_target(target_T: Tensor, *, like: Tensor, V: int, ignore_index: int, validate: bool) -> None:
-    """int64 ids [T] inside the vocabulary or equal to ignore_index; on a GPU the ids only with validate."""
+def check_target(target_T: Tensor, *, like: Tensor, V: int | None, ignore_index: int | None, validate: bool) -> None:
+    """int64 ids [T] in [0, V), or equal to ignore_index; on a GPU the ids only with validate. V None: of any size."""
     T = like.shape[0]
     if target_T.dtype != torch.int64 or target_T.shape != (T,) or target_T.device != like.device:
         raise ValueError(
@@ -61,14 +88,18 @@ def check_target(target_T: Tensor, *, like: Tensor, V: int, ignore_index: int, v
         )
     if target_T.device.type != "cpu" and not validate:
         return
-    outside_T = ((target_T < 0) | (target_T >= V)) & (target_T != ignore_index)
+    outside_T = target_T < 0
+    if V is not None:
+        outside_T |= target_T >= V
+    if ignore_index is not None:
+        outside_T &= target_T != ignore_index
     if target_T.device.type != "cpu":
         assert_on_device(~outside_T.any(), f"target_T has ids outside the vocabulary of {V}")
     elif outside_T.any():
         t = int(outside_T.nonzero()[0, 0])
         raise ValueError(
             f"target_T[{t}] is {int(target_T[t])}, outside the vocabulary [0, {V}); mark rows that have no target with "
-            f"ignore_index={ignore_index}"
+            f"{'an ignore_index' if ignore_index is None else f'ignore_index={ignore_index}'}"
         )
 
 
@@ -116,6 +147,14 @@ def no_autocast(device: torch.device) -> contextlib.AbstractContextManager:
     return contextlib.nullcontext()
 
 
+def second_derivative_message(name: str) -> str:
+    """What to do about a second derivative that does not exist."""
+    return (
+        f"{name} has no second derivative: its backward is a fused computation. For a double backward (gradient "
+        f"penalty, Hessian-vector product) use {name}_reference, or call backward without create_graph=True"
+    )
+
+
 class _SecondDerivative(torch.autograd.Function):
     """Identity on gradients, whose own backward explains that there is none."""
 
@@ -126,11 +165,7 @@ class _SecondDerivative(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, *_):
-        raise RuntimeError(
-            f"{ctx.name} has no second derivative: its backward is a fused computation. For a double backward "
-            f"(gradient penalty, Hessian-vector product) use {ctx.name}_reference, or call backward without "
-            "create_graph=True"
-        )
+        raise RuntimeError(second_derivative_message(ctx.name))
 
 
 def refuse_second_derivative(

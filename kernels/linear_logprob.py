@@ -20,32 +20,29 @@ weight gradient), against three when the logits are kept: where [T, V] fits comf
 
 from __future__ import annotations
 
-import importlib.util
-import os
-from types import ModuleType
-
 import torch
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
-from entrocraft.kernels import linear_logprob_torch
 from entrocraft.kernels.arguments import (
-    HeadOptions,
     check_bias,
+    check_bytes,
     check_float_matrix,
+    check_main_grad,
     check_softcap,
     check_target,
+    check_weight,
     checked_inverse_temperature,
     compute_dtype,
-    no_autocast,
-    refuse_second_derivative,
 )
+from entrocraft.kernels.head import BUFFER_BYTES, Exponentials, Head, HeadOptions
+from entrocraft.kernels.head_passes import Setting, backend_of, local_head
+from entrocraft.kernels.linear_logprob_op import VALUES, packed_scalars
 from entrocraft.kernels.logits_logprob import logits_logprob_entropy_reference
-from entrocraft.kernels.row_stats import finish, row_coefficients
+from entrocraft.kernels.plan import HeadPlan, plan_head
+from entrocraft.kernels.row_stats import RowValues, as_token_stats
 from entrocraft.kernels.token_stats import TokenStats
-
-# Transient buffers. Large enough for efficient matrix products at V = 152k, T = 16k and H = 4096 (tiles of about
-# 4,500 x 4,500), small beside the weights of any model whose vocabulary makes this op worth having.
-BUFFER_BYTES = 256 << 20
+from entrocraft.kernels.vocab_parallel import Shard, shard_of
 
 
 def linear_logprob_entropy_reference(
@@ -56,8 +53,10 @@ def linear_logprob_entropy_reference(
     bias_V: Tensor | None = None,
     temperature: float | Tensor = 1.0,
     softcap: float | None = None,
-    ignore_index: int = -100,
+    ignore_index: int | None = -100,
     collision: bool = False,
+    varentropy: bool = False,
+    argmax: bool = False,
 ) -> TokenStats:
     """The specification: the same statistics in plain differentiable torch that keeps every [T, V] tensor.
 
@@ -74,71 +73,9 @@ def linear_logprob_entropy_reference(
         softcap=softcap,
         ignore_index=ignore_index,
         collision=collision,
+        varentropy=varentropy,
+        argmax=argmax,
     )
-
-
-# Triton itself decides between compiler and interpreter when it is imported, for good; so does this.
-HAS_TRITON = importlib.util.find_spec("triton") is not None
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-
-
-def _backend(hidden_TH: Tensor, weight_VH: Tensor) -> ModuleType:
-    """The module that computes: Triton on CUDA, or anywhere under its interpreter; without it, and for fp64, torch."""
-    asked = HAS_TRITON and (hidden_TH.is_cuda or INTERPRETED)
-    if asked and compute_dtype(hidden_TH, weight_VH) == torch.float32:
-        from entrocraft.kernels import linear_logprob_triton
-
-        return linear_logprob_triton
-    return linear_logprob_torch
-
-
-class _LinearLogprobEntropy(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, hidden_TH, weight_VH, bias_V, target_T, inv_temperature, options):
-        ctx.set_materialize_grads(False)
-        backend = _backend(hidden_TH, weight_VH)
-        with torch.cuda.device_of(hidden_TH), no_autocast(hidden_TH.device):
-            sums_KT = backend.forward(hidden_TH, weight_VH, bias_V, target_T, inv_temperature, options)
-            values = finish(sums_KT)
-        ctx.backend, ctx.options = backend, options
-        temperature_T = inv_temperature if isinstance(inv_temperature, Tensor) else None
-        ctx.inv_temperature = None if temperature_T is not None else inv_temperature
-        # shift_T is a view, which would keep all sums of the rows alive.
-        kept = values.shift_T.clone(), values.log_s0_T, values.entropy_T, temperature_T
-        ctx.save_for_backward(hidden_TH, weight_VH, bias_V, target_T, *kept)
-        if options.collision:
-            ctx.mark_non_differentiable(values.p2_T, values.p2logp_T)
-        return values.logprob_T, values.entropy_T, values.lse_T, values.p2_T, values.p2logp_T
-
-    @staticmethod
-    def backward(ctx, *grads):
-        grad_logprob_T, grad_entropy_T, grad_lse_T, *_ = grads
-        hidden_TH, weight_VH, bias_V, target_T, *kept = ctx.saved_tensors
-        shift_T, log_s0_T, entropy_T, temperature_T = kept
-        inv_temperature = ctx.inv_temperature if temperature_T is None else temperature_T
-        with torch.no_grad(), torch.cuda.device_of(hidden_TH), no_autocast(hidden_TH.device):
-            rows = row_coefficients(
-                grad_logprob_T,
-                grad_entropy_T,
-                grad_lse_T,
-                shift_T=shift_T,
-                log_s0_T=log_s0_T,
-                entropy_T=entropy_T,
-                inv_temperature=inv_temperature,
-                valid_T=target_T != ctx.options.ignore_index,
-            )
-            grads = ctx.backend.backward(
-                hidden_TH,
-                weight_VH,
-                bias_V,
-                target_T,
-                inv_temperature,
-                ctx.options,
-                rows,
-                needs=ctx.needs_input_grad[:3],
-            )
-        operands = [hidden_TH, weight_VH, bias_V]
-        return *refuse_second_derivative("linear_logprob_entropy", operands, grads), None, None, None
 
 
 def linear_logprob_entropy(
@@ -149,8 +86,19 @@ def linear_logprob_entropy(
     bias_V: Tensor | None = None,
     temperature: float | Tensor = 1.0,
     softcap: float | None = None,
-    ignore_index: int = -100,
+    ignore_index: int | None = -100,
     collision: bool = False,
+    varentropy: bool = False,
+    argmax: bool = False,
+    mode: str = "auto",
+    cache_bytes: int = 0,
+    entropy_gradient: bool = True,
+    hidden_main_grad_TH: Tensor | None = None,
+    weight_main_grad_VH: Tensor | None = None,
+    vocab_size: int | None = None,
+    group: ProcessGroup | None = None,
+    vocab_start: int | None = None,
+    batch_invariant: bool = False,
     validate: bool = False,
     buffer_bytes: int = BUFFER_BYTES,
 ) -> TokenStats:
@@ -158,14 +106,32 @@ def linear_logprob_entropy(
 
     Args:
         hidden_TH: [T, H], bf16, fp16, fp32 or fp64, of any strides; T may be 0.
-        weight_VH: [V, H], dtype of its own, V >= 1 and of any size.
+        weight_VH: [V, H], dtype of its own, V >= 1 and of any size. With `group`, this rank's rows.
         target_T: int64 [T], token ids in [0, V), or `ignore_index`.
         bias_V: [V], floating point, of any stride, or None. An entry of -inf takes the token out of the vocabulary
             (p = 0, no gradient), unless a softcap follows, which makes it -cap.
         temperature: a positive float, or a positive tensor [T]. It gets no gradient.
         softcap: cap of cap * tanh(a / cap) on the logits before temperature, or None.
-        ignore_index: rows with this target give 0 in every field and no gradient, and are not computed.
+        ignore_index: rows with this target give 0 in every field and no gradient, and are not computed. None: every
+            row has a target, and a GPU is not asked how many do.
         collision: also give p2_T and p2logp_T.
+        varentropy: also give varentropy_T.
+        argmax: also give argmax_T and top1_T.
+        mode: "auto", "statistics", "recompute", "cache" or "frozen": what is kept for the backward, and how many
+            products it takes; the rule of "auto" stands in `plan.py`, and `plan_head` prints it.
+        cache_bytes: what "cache" may keep between forward and backward; also the budget by which "auto" chooses.
+        entropy_gradient: False makes entropy_T a constant for autograd, which saves "frozen" a product.
+        hidden_main_grad_TH, weight_main_grad_VH: fp32 (fp64) tensors of the operand's shape. The backward adds the
+            gradient there, unrounded, and gives autograd none. Not under torch.compile; the weight's not with a bias
+            that requires a gradient.
+        vocab_size: how many tokens the vocabulary has; rows of the weight from there on are padding: no probability,
+            zero gradient. None: every row is a token.
+        group: the ranks over which the vocabulary is sharded. All hold the same hidden_TH, target_T (ids of the whole
+            vocabulary) and options, and all get the same statistics; each must compute the same loss of them. The
+            hidden gradient is complete on every rank. weight_VH is a plain shard, or a DTensor with Shard(0).
+        vocab_start: with `group` and a plain shard, the token id of its first row.
+        batch_invariant: the statistics of a row, and its hidden gradient, do not depend on the other rows, to the last
+            bit (fp16 gradients on a GPU excepted, whose scale is the batch's); slower on a CPU.
         validate: on a GPU, check target ids (and temperatures) by a device-side assertion; nothing waits for it. On a
             CPU both are always checked. Without it, an id outside the vocabulary gives a NaN log-probability.
         buffer_bytes: bound on the transient buffers, in bytes; see below.
@@ -173,39 +139,64 @@ def linear_logprob_entropy(
     Returns:
         TokenStats, in nats, fp32 (fp64 when an operand is fp64). logprob_T, entropy_T and lse_T are differentiable,
         once, with respect to hidden_TH, weight_VH and bias_V, whose gradients come in their own dtypes; only those that
-        are required are computed, and a row whose upstream gradient is zero costs nothing but its share of the
-        products on a GPU. p2_T and p2logp_T have no gradient. A NaN or an overflow in a row makes that row NaN.
+        are required are computed, and a row whose upstream gradient is zero costs nothing. The other fields have no
+        gradient. A NaN or an overflow in a row makes that row NaN.
 
     Transient memory beyond inputs, outputs and gradients: `buffer_bytes` (but at least what one row and a few
-    vocabulary columns need; in Triton 16 KiB of dz for bf16, 32 KiB for fp32, and 1,280 H bytes), and O(T). In the
-    backward 4 T H bytes for a hidden gradient that is not fp32 itself, and on a CPU a copy of the rows that are
-    computed when not all are. In Triton the forward adds its partial sums, 12 T ceil(V / 1024) bytes (20 with
-    collision). Under autocast the op works in the dtypes of its operands.
+    vocabulary columns need; in Triton one tile), O(T), and what `mode` keeps. In the backward 4 T H bytes for a hidden
+    gradient that is not fp32 itself, and a copy of the rows that are computed when not all are. Under autocast the op
+    works in the dtypes of its operands. torch.compile(fullgraph=True) sees one operator forward and one backward.
 
     Raises:
-        ValueError: wrong shape, dtype or device; a target id outside the vocabulary; a temperature or
-            softcap that is not positive.
+        ValueError: wrong shape, dtype or device; a target id outside the vocabulary; a temperature or softcap that is
+            not positive; a mode that cannot give what is required; a shard whose place is unknown.
         RuntimeError: differentiated twice.
 
     Source: arXiv 2604.26326, section 3 (the entropy of the batch as the controlled quantity).
     """
     check_float_matrix("hidden_TH", hidden_TH, "T, H")
-    check_float_matrix("weight_VH", weight_VH, "V, H")
-    V, H = weight_VH.shape
-    if hidden_TH.shape[1] != H or V == 0 or weight_VH.device != hidden_TH.device:
-        raise ValueError(
-            f"weight_VH is {tuple(weight_VH.shape)} on {weight_VH.device}; expected at least one row of "
-            f"{hidden_TH.shape[1]} on {hidden_TH.device}, as hidden_TH has"
-        )
+    weight_VH, shard = shard_of(weight_VH, group, vocab_start, vocab_size)
+    check_weight(weight_VH, like=hidden_TH, sharded=group is not None)
     if bias_V is not None:
-        check_bias(bias_V, V=V, like=hidden_TH)
+        check_bias(bias_V, V=weight_VH.shape[0], like=hidden_TH)
         bias_V = bias_V.contiguous()  # device code reads it with stride 1
-    check_target(target_T, like=hidden_TH, V=V, ignore_index=ignore_index, validate=validate)
+    known_V = vocab_size if group is not None or vocab_size is not None else weight_VH.shape[0]
+    check_target(target_T, like=hidden_TH, V=known_V, ignore_index=ignore_index, validate=validate)
     check_softcap(softcap)
-    if buffer_bytes <= 0:
-        raise ValueError(f"buffer_bytes is {buffer_bytes}; expected a positive number of bytes, such as {BUFFER_BYTES}")
+    check_bytes("buffer_bytes", buffer_bytes, least=1, such_as=BUFFER_BYTES)
+    check_bytes("cache_bytes", cache_bytes, least=0, such_as=4 << 30)
+    check_main_grad("hidden", hidden_main_grad_TH, hidden_TH)
+    check_main_grad("weight", weight_main_grad_VH, weight_VH, bias_V)
     dtype = compute_dtype(hidden_TH, weight_VH)
     inv_temperature = checked_inverse_temperature(temperature, like=hidden_TH, dtype=dtype, validate=validate)
-    options = HeadOptions(softcap, ignore_index, collision, buffer_bytes)
-    values = _LinearLogprobEntropy.apply(hidden_TH, weight_VH, bias_V, target_T, inv_temperature, options)
-    return TokenStats(**dict(zip(TokenStats.__slots__, values, strict=True)))
+    options = HeadOptions(softcap, collision, varentropy, argmax, buffer_bytes, batch_invariant)
+    head = Head(hidden_TH, weight_VH, bias_V, target_T.contiguous(), inv_temperature, options)
+    plan = _plan(head, shard, mode, cache_bytes, entropy_gradient)
+    setting = Setting(options, ignore_index, plan.mode, plan.stored_rows, entropy_gradient, shard)
+    temperature_T = inv_temperature if isinstance(inv_temperature, Tensor) else None
+    results = torch.ops.entrocraft.linear_logprob(
+        *head[:4], temperature_T, hidden_main_grad_TH, weight_main_grad_VH, *packed_scalars(inv_temperature, setting)
+    )
+    values = RowValues(*results[:VALUES])
+    if not entropy_gradient:
+        values = values._replace(entropy_T=values.entropy_T.detach())
+    asked = {"collision": collision, "varentropy": varentropy, "argmax": argmax}
+    ignored_T = None if ignore_index is None else target_T == ignore_index
+    return as_token_stats(values, target_T, **asked, ignored_T=ignored_T)
+
+
+def _plan(head: Head, shard: Shard, mode: str, cache_bytes: int, entropy_gradient: bool) -> HeadPlan:
+    """`plan_head` for these operands."""
+    needs = [operand is not None and operand.requires_grad for operand in head[:3]]
+    live = local_head(head, shard)
+    return plan_head(
+        head.T,
+        head.H,
+        mode=mode,
+        needs_hidden=torch.is_grad_enabled() and needs[0],
+        needs_weight=torch.is_grad_enabled() and (needs[1] or needs[2]),
+        entropy_gradient=entropy_gradient,
+        cache_bytes=cache_bytes,
+        bytes_per_row=Exponentials.bytes_per_row(live, backend_of(live).tile_columns(live)) if live.V else 1,
+        element_bytes=head.hidden_TH.element_size(),
+    )

@@ -12,13 +12,16 @@ from collections.abc import Iterator
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
-from entrocraft.kernels.arguments import HeadOptions, compute_dtype
+from entrocraft.kernels.head import Exponentials, Head, Sinks
 from entrocraft.kernels.logits_logprob import scaled_logits
 from entrocraft.kernels.row_stats import (
+    ARGMAX,
     RowCoefficients,
     merge_sums,
     neutral_sums,
+    stored_gradient,
     tile_gradient,
     tile_sums,
 )
@@ -28,6 +31,8 @@ from entrocraft.kernels.row_stats import (
 TILE_ELEMENTS = 4 << 20
 # Rows of a tile when the vocabulary does not fit beside them: with as many columns, a product as square as it gets.
 TILE_ROWS = 1024
+# Rows of every product when a row's bits may not depend on how many rows there are.
+INVARIANT_ROWS = 64
 
 
 def tile_shape(T: int, V: int, H: int, *, element_bytes: int, buffer_bytes: int) -> tuple[int, int]:
@@ -44,122 +49,126 @@ def tile_shape(T: int, V: int, H: int, *, element_bytes: int, buffer_bytes: int)
     return rows, columns
 
 
+def _shape_of(head: Head, T: int) -> tuple[int, int]:
+    rows = INVARIANT_ROWS if head.options.batch_invariant else T
+    bounds = {"element_bytes": head.dtype.itemsize, "buffer_bytes": head.options.buffer_bytes}
+    return tile_shape(rows, head.V, head.H, **bounds)
+
+
+def tile_columns(head: Head) -> int:
+    """Columns of a tile of stored exponentials, which must not depend on the rows at hand."""
+    return _shape_of(head, TILE_ROWS)[1]
+
+
 class _Tiles:
     """Walks over the tiles of z and computes each into one reused buffer."""
 
-    def __init__(self, hidden_TH, weight_VH, bias_V, inv_temperature, options: HeadOptions) -> None:
-        self.hidden_TH, self.weight_VH, self.bias_V = hidden_TH, weight_VH, bias_V
-        self.inv_temperature, self.softcap = inv_temperature, options.softcap
-        self.dtype = compute_dtype(hidden_TH, weight_VH)
-        self.rows, self.columns = tile_shape(
-            hidden_TH.shape[0],
-            *weight_VH.shape,
-            element_bytes=self.dtype.itemsize,
-            buffer_bytes=options.buffer_bytes,
-        )
-        self.logit = hidden_TH.new_empty(self.rows * self.columns, dtype=self.dtype)
+    def __init__(self, head: Head, exponentials: Exponentials | None) -> None:
+        self.head, self.exponentials, self.dtype = head, exponentials, head.dtype
+        self.rows, self.columns = _shape_of(head, head.T if exponentials is None else TILE_ROWS)
+        self.stored = 0 if exponentials is None else exponentials.rows
+        self.logit = head.hidden_TH.new_empty(self.rows * self.columns, dtype=self.dtype)
         self.scratch = torch.empty_like(self.logit)
 
     def vocabulary(self) -> Iterator[tuple[slice, Tensor]]:
         """Slices of the vocabulary, each with its weight in the compute dtype."""
-        for start in range(0, self.weight_VH.shape[0], self.columns):
-            v = slice(start, min(start + self.columns, self.weight_VH.shape[0]))
-            yield v, self.weight_VH[v].to(self.dtype)
+        for start in range(0, self.head.V, self.columns):
+            v = slice(start, min(start + self.columns, self.head.V))
+            yield v, self.head.weight_VH[v].to(self.dtype)
 
     def tokens(self) -> Iterator[tuple[slice, Tensor]]:
-        """Blocks of the tokens, each with its hidden rows in the compute dtype."""
-        for start in range(0, self.hidden_TH.shape[0], self.rows):
-            t = slice(start, min(start + self.rows, self.hidden_TH.shape[0]))
-            yield t, self.hidden_TH[t].to(self.dtype)
+        """Blocks of the tokens, each with its hidden rows in the compute dtype; stored rows and others never mix."""
+        for first, last in ((0, self.stored), (self.stored, self.head.T)):
+            for start in range(first, last, self.rows):
+                t = slice(start, min(start + self.rows, last))
+                yield t, self.head.hidden_TH[t].to(self.dtype)
 
-    def compute(
-        self, t: slice, v: slice, x_NH: Tensor, w_MH: Tensor, *, slope: bool = False
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
+    def product(self, out: Tensor, left: Tensor, right: Tensor, *, add: bool = False) -> Tensor:
+        """out (+)= left @ right; batch_invariant: with as many rows as a whole block has, zeros below."""
+        missing = self.rows - left.shape[0] if self.head.options.batch_invariant else 0
+        if missing == 0:
+            return out.addmm_(left, right) if add else torch.mm(left, right, out=out)
+        whole = torch.mm(pad(left, (0, 0, 0, missing)), right)[: left.shape[0]]
+        return out.add_(whole) if add else out.copy_(whole)
+
+    def room(self, t: slice, v: slice) -> tuple[Tensor, Tensor]:
+        """Two buffers of a tile."""
+        shape = (t.stop - t.start, v.stop - v.start)
+        size = shape[0] * shape[1]
+        return self.logit[:size].view(shape), self.scratch[:size].view(shape)
+
+    def logits(self, t: slice, v: slice, x_NH: Tensor, w_MH: Tensor, *, slope: bool = False):
         """z of a tile, a scratch tile, and the derivative of the softcap when it is asked for and there is one."""
-        shape = (x_NH.shape[0], w_MH.shape[0])
-        z_NM = self.logit[: shape[0] * shape[1]].view(shape)
-        torch.mm(x_NH, w_MH.T, out=z_NM)
-        if self.bias_V is not None:
-            z_NM += self.bias_V[v].to(self.dtype)
-        inv = self.inv_temperature
-        slope_NM = scaled_logits(z_NM, inv[t] if isinstance(inv, Tensor) else inv, self.softcap, slope=slope)
-        return z_NM, self.scratch[: shape[0] * shape[1]].view(shape), slope_NM
+        z_NM, scratch_NM = self.room(t, v)
+        self.product(z_NM, x_NH, w_MH.T)
+        if self.head.bias_V is not None:
+            z_NM += self.head.bias_V[v].to(self.dtype)
+        inv = self.head.inv_temperature
+        inv = inv[t] if isinstance(inv, Tensor) else inv
+        return z_NM, scratch_NM, scaled_logits(z_NM, inv, self.head.options.softcap, slope=slope)
+
+    def store(self, t: slice, v: slice, e_NM: Tensor, shift_N: Tensor) -> None:
+        """Keep the exponentials of a tile whose rows are to be stored."""
+        if self.exponentials is not None and t.start < self.stored:
+            self.exponentials.value_NV[t, v] = e_NM
+            self.exponentials.shift_NS[t, v.start // self.columns] = shift_N
+
+    def gradient(self, t: slice, v: slice, x_NH: Tensor, w_MH: Tensor, rows: RowCoefficients) -> Tensor:
+        """dz of a tile, before softcap and temperature."""
+        target_N = self.head.target_T[t] - v.start
+        if self.exponentials is None or t.start >= self.stored:
+            z_NM, scratch_NM, slope_NM = self.logits(t, v, x_NH, w_MH, slope=True)
+            dz_NM = tile_gradient(z_NM, scratch_NM, target_N, rows)
+            return dz_NM if slope_NM is None else dz_NM.mul_(slope_NM)
+        e_NM, scratch_NM = self.room(t, v)
+        index = t if self.exponentials.row_N is None else self.exponentials.row_N[t]
+        e_NM.copy_(self.exponentials.value_NV[index, v])
+        shift_N = self.exponentials.shift_NS[index, v.start // self.columns]
+        dz_NM, u_NM = stored_gradient(e_NM, scratch_NM, shift_N, target_N, rows)
+        softcap, inv = self.head.options.softcap, self.head.inv_temperature
+        if softcap is None:
+            return dz_NM
+        size_N = softcap * (inv[t] if isinstance(inv, Tensor) else torch.full_like(shift_N, inv))
+        tanh_NM = u_NM.add_(rows.shift_T[:, None]).div_(size_N[:, None]).clamp_(-1.0, 1.0)
+        return dz_NM.mul_(tanh_NM.square_().neg_().add_(1.0))
 
 
-def _picked(value, index: Tensor | None):
-    return value[index] if index is not None and isinstance(value, Tensor) else value
-
-
-def forward(
-    hidden_TH: Tensor,
-    weight_VH: Tensor,
-    bias_V: Tensor | None,
-    target_T: Tensor,
-    inv_temperature: float | Tensor,
-    options: HeadOptions,
-) -> Tensor:
-    """The sums [K, T] of every row; rows whose target is ignore_index are left neutral and not computed."""
-    T = hidden_TH.shape[0]
-    dtype = compute_dtype(hidden_TH, weight_VH)
-    sums_KT = neutral_sums(T, collision=options.collision, like=hidden_TH, dtype=dtype)
-    valid_T = target_T != options.ignore_index
-    index = None if bool(valid_T.all()) else valid_T.nonzero()[:, 0]
-    target_N = _picked(target_T, index)
-    tiles = _Tiles(_picked(hidden_TH, index), weight_VH, bias_V, _picked(inv_temperature, index), options)
-    computed_KN = sums_KT if index is None else sums_KT[:, index]
+def statistics(head: Head, exponentials: Exponentials | None = None) -> Tensor:
+    """Sums [8, T] of every row, see `row_stats.py`; fills `exponentials`, where given, for the rows it covers."""
+    tiles = _Tiles(head, exponentials)
+    sums_KT = neutral_sums(head.T, like=head.hidden_TH, dtype=head.dtype)
+    asked = {name: getattr(head.options, name) for name in ("collision", "varentropy", "argmax")}
     for v, w_MH in tiles.vocabulary():
         for t, x_NH in tiles.tokens():
-            z_NM, scratch_NM, _ = tiles.compute(t, v, x_NH, w_MH)
-            part_KN = tile_sums(z_NM, scratch_NM, target_N[t] - v.start, collision=options.collision)
-            computed_KN[:, t] = part_KN if v.start == 0 else merge_sums(computed_KN[:, t], part_KN)
-    if index is not None:
-        sums_KT[:, index] = computed_KN
+            z_NM, scratch_NM, _ = tiles.logits(t, v, x_NH, w_MH)
+            part_KN = tile_sums(z_NM, scratch_NM, head.target_T[t] - v.start, **asked)
+            tiles.store(t, v, scratch_NM, part_KN[0])
+            part_KN[ARGMAX] += v.start
+            sums_KT[:, t] = part_KN if v.start == 0 else merge_sums(sums_KT[:, t], part_KN)
     return sums_KT
 
 
-def backward(
-    hidden_TH: Tensor,
-    weight_VH: Tensor,
-    bias_V: Tensor | None,
-    target_T: Tensor,
-    inv_temperature: float | Tensor,
-    options: HeadOptions,
-    rows: RowCoefficients,
-    *,
-    needs: tuple[bool, bool, bool],
-) -> list[Tensor | None]:
-    """Gradients of hidden, weight and bias (None where not needed), each in the dtype of what it is the gradient of."""
-    index = None if bool(rows.active_T.all()) else rows.active_T.nonzero()[:, 0]
-    x_TH, target_T = _picked(hidden_TH, index), _picked(target_T, index)
-    rows = rows if index is None else rows.pick(index)
-    tiles = _Tiles(x_TH, weight_VH, bias_V, _picked(inv_temperature, index), options)
-    grad_x_TH = x_TH.new_zeros(x_TH.shape, dtype=tiles.dtype) if needs[0] else None
-    grad_w_VH = weight_VH.new_zeros(weight_VH.shape) if needs[1] else None
-    grad_b_V = bias_V.new_zeros(bias_V.shape) if needs[2] and bias_V is not None else None
+def gradients(head: Head, rows: RowCoefficients, sinks: Sinks, exponentials: Exponentials | None = None) -> None:
+    """Put the gradients of hidden, weight and bias into `sinks`; stored exponentials stay as they are."""
+    tiles = _Tiles(head, exponentials)
     for v, w_MH in tiles.vocabulary():
-        grad_w_MH = None if grad_w_VH is None else _accumulator(grad_w_VH[v], tiles.dtype)
-        grad_b_M = None if grad_b_V is None else _accumulator(grad_b_V[v], tiles.dtype)
+        grad_w_MH = None if sinks.weight_VH is None else _accumulator(sinks.weight_VH[v], sinks, tiles.dtype)
+        grad_b_M = None if sinks.bias_V is None else _accumulator(sinks.bias_V[v], sinks, tiles.dtype)
         for t, x_NH in tiles.tokens():
-            z_NM, scratch_NM, slope_NM = tiles.compute(t, v, x_NH, w_MH, slope=True)
-            dz_NM = tile_gradient(z_NM, scratch_NM, target_T[t] - v.start, rows.pick(t))
-            if slope_NM is not None:
-                dz_NM.mul_(slope_NM)
-            if grad_x_TH is not None:
-                grad_x_TH[t].addmm_(dz_NM, w_MH)
+            dz_NM = tiles.gradient(t, v, x_NH, w_MH, rows.pick(t))
+            if sinks.hidden_NH is not None:
+                tiles.product(sinks.hidden_NH[t], dz_NM, w_MH, add=True)
             if grad_w_MH is not None:
                 grad_w_MH.addmm_(dz_NM.T, x_NH)
             if grad_b_M is not None:
                 grad_b_M += dz_NM.sum(0)
-        for whole_V, part_M in ((grad_w_VH, grad_w_MH), (grad_b_V, grad_b_M)):
+        for whole_V, part_M in ((sinks.weight_VH, grad_w_MH), (sinks.bias_V, grad_b_M)):
             if whole_V is not None and part_M is not None and part_M.dtype != whole_V.dtype:
                 whole_V[v] = part_M
-    if grad_x_TH is not None:
-        grad_x_TH = grad_x_TH.to(hidden_TH.dtype)
-        if index is not None:
-            grad_x_TH = hidden_TH.new_zeros(hidden_TH.shape).index_copy_(0, index, grad_x_TH)
-    return [grad_x_TH, grad_w_VH, grad_b_V]
 
 
-def _accumulator(zeros_M: Tensor, dtype: torch.dtype) -> Tensor:
+def _accumulator(sink_M: Tensor, sinks: Sinks, dtype: torch.dtype) -> Tensor:
     """Where a split of a gradient is summed: in place if it has the compute dtype, else in zeros of that dtype."""
-    return zeros_M if zeros_M.dtype == dtype else zeros_M.new_zeros(zeros_M.shape, dtype=dtype)
+    if sinks.accumulate:
+        return sink_M
+    return sink_M.zero_() if sink_M.dtype == dtype else sink_M.new_zeros(sink_M.shape, dtype=dtype)

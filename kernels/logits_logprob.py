@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 from entrocraft.kernels.arguments import (
-    HeadOptions,
     check_float_matrix,
     check_softcap,
     check_target,
@@ -25,8 +24,12 @@ from entrocraft.kernels.arguments import (
     no_autocast,
     refuse_second_derivative,
 )
+from entrocraft.kernels.head import HeadOptions
 from entrocraft.kernels.row_stats import (
     RowCoefficients,
+    RowValues,
+    active_rows,
+    as_token_stats,
     finish,
     neutral_sums,
     row_coefficients,
@@ -45,15 +48,17 @@ def logits_logprob_entropy_reference(
     *,
     temperature: float | Tensor = 1.0,
     softcap: float | None = None,
-    ignore_index: int = -100,
+    ignore_index: int | None = -100,
     collision: bool = False,
+    varentropy: bool = False,
+    argmax: bool = False,
 ) -> TokenStats:
     """The specification, in plain differentiable torch that keeps every [T, V] tensor. fp32, or fp64 for fp64 input."""
     z_TV = logit_TV.to(compute_dtype(logit_TV))
     if softcap is not None:
         z_TV = softcap * torch.tanh(z_TV / softcap)
     z_TV = z_TV / (temperature[:, None].to(z_TV) if isinstance(temperature, Tensor) else temperature)
-    valid_T = target_T != ignore_index
+    valid_T = torch.ones_like(target_T, dtype=torch.bool) if ignore_index is None else target_T != ignore_index
     logp_TV = torch.log_softmax(z_TV, dim=1)
     # p log p = 0 where p = 0. Both the factor and the product are masked, so that the gradient is 0 there too.
     finite_TV = torch.where(logp_TV == -torch.inf, 0.0, logp_TV)
@@ -67,7 +72,14 @@ def logits_logprob_entropy_reference(
     if collision:
         fields["p2_T"] = (p_TV * p_TV).sum(1).detach()
         fields["p2logp_T"] = (p_TV * p_TV * finite_TV).sum(1).detach()
-    return TokenStats(**{name: torch.where(valid_T, field, 0.0) for name, field in fields.items()})
+    if varentropy:
+        surprise_TV = finite_TV + fields["entropy_T"][:, None]
+        fields["varentropy_T"] = (p_TV * surprise_TV * surprise_TV).sum(1).detach()
+    fields = {name: torch.where(valid_T, field, 0.0) for name, field in fields.items()}
+    if argmax:
+        fields["argmax_T"] = torch.where(valid_T, z_TV.argmax(1), 0)
+        fields["top1_T"] = (fields["argmax_T"] == target_T) & valid_T
+    return TokenStats(**fields)
 
 
 def scaled_logits(
@@ -86,14 +98,22 @@ def scaled_logits(
     return slope_TV
 
 
-def _forward(logit_TV: Tensor, target_T: Tensor, inv_temperature: float | Tensor, options: HeadOptions) -> Tensor:
+def _forward(
+    logit_TV: Tensor,
+    target_T: Tensor,
+    inv_temperature: float | Tensor,
+    options: HeadOptions,
+    ignore_index: int | None,
+) -> Tensor:
     T, V = logit_TV.shape
     dtype = compute_dtype(logit_TV)
-    sums_KT = neutral_sums(T, collision=options.collision, like=logit_TV, dtype=dtype)
-    for rows_N in (target_T != options.ignore_index).nonzero()[:, 0].split(max(1, BLOCK_ELEMENTS // V)):
+    sums_KT = neutral_sums(T, like=logit_TV, dtype=dtype)
+    asked = {name: getattr(options, name) for name in ("collision", "varentropy", "argmax")}
+    valid_T = torch.ones_like(target_T, dtype=torch.bool) if ignore_index is None else target_T != ignore_index
+    for rows_N in valid_T.nonzero()[:, 0].split(max(1, BLOCK_ELEMENTS // V)):
         z_NV = logit_TV[rows_N].to(dtype)
         scaled_logits(z_NV, _rows_of(inv_temperature, rows_N), options.softcap)
-        part_KN = tile_sums(z_NV, torch.empty_like(z_NV), target_T[rows_N], collision=options.collision)
+        part_KN = tile_sums(z_NV, torch.empty_like(z_NV), target_T[rows_N], **asked)
         sums_KT.index_copy_(1, rows_N, part_KN)
     return sums_KT
 
@@ -102,14 +122,16 @@ def _backward(
     logit_TV: Tensor,
     target_T: Tensor,
     inv_temperature: float | Tensor,
-    options: HeadOptions,
+    softcap: float | None,
     rows: RowCoefficients,
+    index: Tensor | None,
 ) -> Tensor:
     dtype = compute_dtype(logit_TV)
     grad_TV = torch.zeros_like(logit_TV, memory_format=torch.contiguous_format)
-    for rows_N in rows.active_T.nonzero()[:, 0].split(max(1, BLOCK_ELEMENTS // logit_TV.shape[1])):
+    index = torch.arange(len(logit_TV), device=logit_TV.device) if index is None else index
+    for rows_N in index.split(max(1, BLOCK_ELEMENTS // logit_TV.shape[1])):
         z_NV = logit_TV[rows_N].to(dtype)
-        slope_NV = scaled_logits(z_NV, _rows_of(inv_temperature, rows_N), options.softcap, slope=True)
+        slope_NV = scaled_logits(z_NV, _rows_of(inv_temperature, rows_N), softcap, slope=True)
         dz_NV = tile_gradient(z_NV, torch.empty_like(z_NV), target_T[rows_N], rows.pick(rows_N))
         if slope_NV is not None:
             dz_NV.mul_(slope_NV)
@@ -123,37 +145,37 @@ def _rows_of(inv_temperature: float | Tensor, rows_N: Tensor) -> float | Tensor:
 
 class _LogitsLogprobEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, logit_TV, target_T, inv_temperature, options):
+    def forward(ctx, logit_TV, target_T, inv_temperature, options, ignore_index):
         ctx.set_materialize_grads(False)
         with no_autocast(logit_TV.device):
-            values = finish(_forward(logit_TV, target_T, inv_temperature, options))
+            values = finish(_forward(logit_TV, target_T, inv_temperature, options, ignore_index))
         temperature_T = inv_temperature if isinstance(inv_temperature, Tensor) else None
-        ctx.options, ctx.inv_temperature = options, None if temperature_T is not None else inv_temperature
-        # shift_T is a view, which would keep all sums of the rows alive.
-        kept = values.shift_T.clone(), values.log_s0_T, values.entropy_T, temperature_T
+        ctx.softcap, ctx.ignore_index = options.softcap, ignore_index
+        ctx.inv_temperature = None if temperature_T is not None else inv_temperature
+        kept = values.shift_T, values.log_s0_T, values.entropy_T, values.logprob_T, temperature_T
         ctx.save_for_backward(logit_TV, target_T, *kept)
-        if options.collision:
-            ctx.mark_non_differentiable(values.p2_T, values.p2logp_T)
-        return values.logprob_T, values.entropy_T, values.lse_T, values.p2_T, values.p2logp_T
+        ctx.mark_non_differentiable(*values[3:])
+        return values
 
     @staticmethod
     def backward(ctx, *grads):
-        grad_logprob_T, grad_entropy_T, grad_lse_T, *_ = grads
-        logit_TV, target_T, shift_T, log_s0_T, entropy_T, temperature_T = ctx.saved_tensors
+        upstream = grads[:3]
+        if all(grad is None for grad in upstream):
+            return (None,) * 5
+        logit_TV, target_T, shift_T, log_s0_T, entropy_T, logprob_T, temperature_T = ctx.saved_tensors
         inv_temperature = ctx.inv_temperature if temperature_T is None else temperature_T
         with torch.no_grad(), no_autocast(logit_TV.device):
             rows = row_coefficients(
-                grad_logprob_T,
-                grad_entropy_T,
-                grad_lse_T,
+                *upstream,
                 shift_T=shift_T,
                 log_s0_T=log_s0_T,
                 entropy_T=entropy_T,
+                logprob_T=logprob_T,
                 inv_temperature=inv_temperature,
-                valid_T=target_T != ctx.options.ignore_index,
             )
-            grad_TV = _backward(logit_TV, target_T, inv_temperature, ctx.options, rows)
-        return *refuse_second_derivative("logits_logprob_entropy", [logit_TV], [grad_TV]), None, None, None
+            index = active_rows(None if ctx.ignore_index is None else target_T != ctx.ignore_index, *upstream)
+            grad_TV = _backward(logit_TV, target_T, inv_temperature, ctx.softcap, rows, index)
+        return *refuse_second_derivative("logits_logprob_entropy", [logit_TV], [grad_TV]), None, None, None, None
 
 
 def logits_logprob_entropy(
@@ -162,20 +184,23 @@ def logits_logprob_entropy(
     *,
     temperature: float | Tensor = 1.0,
     softcap: float | None = None,
-    ignore_index: int = -100,
+    ignore_index: int | None = -100,
     collision: bool = False,
+    varentropy: bool = False,
+    argmax: bool = False,
     validate: bool = False,
 ) -> TokenStats:
     """TokenStats of softmax(softcap(logit_TV) / temperature), the equation at the top of this file.
 
     `logit_TV` is bf16, fp16, fp32 or fp64 [T, V], of any strides; `target_T` int64 [T]. Statistics are in nats, fp32
     (fp64 for fp64 logits). logprob_T, entropy_T and lse_T are differentiable with respect to `logit_TV`, once; p2_T and
-    p2logp_T (collision=True) are not. `temperature` is a positive float or a positive tensor [T], and gets no
-    gradient; `softcap` a positive cap or None. Rows whose target is `ignore_index` give 0 in every field and no
-    gradient, and are not computed. Logits of -inf are tokens of probability 0; a NaN gives NaN. Target ids are checked
-    on a CPU always, on a GPU by a device-side assertion when `validate` is set. On a GPU forward and backward each
-    wait for the device once, to learn which rows have a target or a gradient. Transient memory: a few fp32 row blocks
-    of about 4 MiB, or of one row where that is more.
+    p2logp_T (collision=True), varentropy_T (varentropy=True), argmax_T and top1_T (argmax=True) are not. `temperature`
+    is a positive float or a positive tensor [T], and gets no gradient; `softcap` a positive cap or None. Rows whose
+    target is `ignore_index` give 0 in every field and no gradient, and are not computed; None: there are none. Logits
+    of -inf are tokens of probability 0; a NaN gives NaN. Target ids are checked on a CPU always, on a GPU by a
+    device-side assertion when `validate` is set. On a GPU forward and backward each wait for the device once, to learn
+    which rows have a target or a gradient. Transient memory: a few fp32 row blocks of about 4 MiB, or of one row where
+    that is more.
 
     Raises ValueError for a wrong shape, dtype, id or temperature; RuntimeError when differentiated twice.
     Source: arXiv 2604.26326 (entropy as the controlled quantity); the formulas are derived in `row_stats.py`.
@@ -186,6 +211,8 @@ def logits_logprob_entropy(
     check_softcap(softcap)
     dtype = compute_dtype(logit_TV)
     inv_temperature = checked_inverse_temperature(temperature, like=logit_TV, dtype=dtype, validate=validate)
-    options = HeadOptions(softcap, ignore_index, collision, 0)
-    values = _LogitsLogprobEntropy.apply(logit_TV, target_T, inv_temperature, options)
-    return TokenStats(**dict(zip(TokenStats.__slots__, values, strict=True)))
+    options = HeadOptions(softcap, collision, varentropy, argmax)
+    values = RowValues(*_LogitsLogprobEntropy.apply(logit_TV, target_T, inv_temperature, options, ignore_index))
+    ignored_T = None if ignore_index is None else target_T == ignore_index
+    asked = {"collision": collision, "varentropy": varentropy, "argmax": argmax}
+    return as_token_stats(values, target_T, **asked, ignored_T=ignored_T)

@@ -14,8 +14,9 @@ class TokenStats:
     """Per-token statistics of the policy p = softmax(z), one entry for each of T packed tokens.
 
     All fields are tensors [T] of one floating dtype (fp32; fp64 where the operands were fp64) on one device, in
-    nats except `p2_T`. A row whose target was `ignore_index` holds 0 in every field.
-    Raises ValueError when a field is not [T] or dtypes or devices differ, or only one collision field is given.
+    nats except `p2_T`; `argmax_T` and `top1_T` alone are int64 and bool. A row whose target was `ignore_index` holds 0
+    in every field.
+    Raises ValueError when a field is not [T] or dtypes or devices differ, or one of a pair is given without the other.
     """
 
     logprob_T: Tensor
@@ -28,6 +29,12 @@ class TokenStats:
     """sum_v p_v^2 (a probability, no unit); no gradient; only with collision=True."""
     p2logp_T: Tensor | None = None
     """sum_v p_v^2 log p_v; no gradient; only with collision=True."""
+    varentropy_T: Tensor | None = None
+    """sum_v p_v (log p_v + H)^2, nats squared: how far the surprise spreads; no gradient; only with varentropy=True."""
+    argmax_T: Tensor | None = None
+    """int64: the most probable token, the lowest id of several; only with argmax=True."""
+    top1_T: Tensor | None = None
+    """bool: the target is the most probable token; only with argmax=True."""
 
     def __post_init__(self) -> None:
         first = self.logprob_T
@@ -35,21 +42,31 @@ class TokenStats:
             raise ValueError(
                 f"logprob_T is {first.dtype} {tuple(first.shape)}; expected one floating point number per token, [T]"
             )
-        if (self.p2_T is None) != (self.p2logp_T is None):
-            raise ValueError("p2_T and p2logp_T come together: give both (collision=True) or neither")
-        for name in ("entropy_T", "lse_T", "p2_T", "p2logp_T"):
-            field = getattr(self, name)
-            if field is None:
-                continue
-            if field.shape != first.shape or field.dtype != first.dtype or field.device != first.device:
+        for one, other, option in (("p2_T", "p2logp_T", "collision"), ("argmax_T", "top1_T", "argmax")):
+            if (getattr(self, one) is None) != (getattr(self, other) is None):
+                raise ValueError(f"{one} and {other} come together: give both ({option}=True) or neither")
+        dtypes = {"argmax_T": torch.int64, "top1_T": torch.bool}
+        for name, field in self.as_dict().items():
+            dtype = dtypes.get(name, first.dtype)
+            if field.shape != first.shape or field.dtype != dtype or field.device != first.device:
                 raise ValueError(
-                    f"{name} is {field.dtype} {tuple(field.shape)} on {field.device}; expected the same as logprob_T: "
-                    f"{first.dtype} {tuple(first.shape)} on {first.device}"
+                    f"{name} is {field.dtype} {tuple(field.shape)} on {field.device}; expected {dtype} "
+                    f"{tuple(first.shape)} on {first.device}, as many tokens as logprob_T ({first.dtype}) has"
                 )
+
+    @property
+    def z_loss_T(self) -> Tensor:
+        """lse^2, which keeps logits from drifting; differentiable. Times 1e-4 in PaLM (arXiv 2204.02311, section 5)."""
+        return self.lse_T * self.lse_T
 
     def __len__(self) -> int:
         """T, the number of tokens."""
         return self.logprob_T.shape[0]
+
+    def as_dict(self) -> dict[str, Tensor]:
+        """The fields that are there, by name."""
+        fields = {name: getattr(self, name) for name in self.__slots__}
+        return {name: field for name, field in fields.items() if field is not None}
 
     def detach(self) -> TokenStats:
         """The same numbers, cut from the autograd graph."""
@@ -65,19 +82,14 @@ class TokenStats:
 
     @staticmethod
     def cat(parts: Sequence[TokenStats]) -> TokenStats:
-        """The tokens of all parts, in order. ValueError when there is none or only some have collision fields."""
+        """The tokens of all parts, in order. ValueError when there is none or only some have an optional field."""
         if not parts:
             raise ValueError("parts is empty; expected at least one TokenStats to concatenate")
-        if len({part.p2_T is None for part in parts}) > 1:
-            raise ValueError("some parts have p2_T and some do not; compute all of them with the same collision=")
-        columns = {name: [getattr(part, name) for part in parts] for name in TokenStats.__slots__}
-        return TokenStats(**{name: torch.cat(column) for name, column in columns.items() if column[0] is not None})
+        columns = [part.as_dict() for part in parts]
+        for name in TokenStats.__slots__:
+            if len({name in column for column in columns}) > 1:
+                raise ValueError(f"some parts have {name} and some do not; compute all of them with the same options")
+        return TokenStats(**{name: torch.cat([column[name] for column in columns]) for name in columns[0]})
 
     def _map(self, change: Callable[[Tensor], Tensor]) -> TokenStats:
-        return TokenStats(
-            logprob_T=change(self.logprob_T),
-            entropy_T=change(self.entropy_T),
-            lse_T=change(self.lse_T),
-            p2_T=None if self.p2_T is None else change(self.p2_T),
-            p2logp_T=None if self.p2logp_T is None else change(self.p2logp_T),
-        )
+        return TokenStats(**{name: change(field) for name, field in self.as_dict().items()})

@@ -1,0 +1,187 @@
+"""The head as two registered operators, entrocraft::linear_logprob and its backward, and their link to autograd.
+
+Registered operators are opaque to torch.compile: what they give is described by fake kernels, what they do runs as it
+does in eager mode, with all its waiting for row counts. Their arguments are tensors and plain numbers, so a process
+group travels by its name.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+from entrocraft.kernels.arguments import no_autocast, second_derivative_message
+from entrocraft.kernels.head import Exponentials, Head, HeadOptions, Sinks
+from entrocraft.kernels.head_passes import Kept, Setting, Upstream, backend_of, local_head, run_backward, run_forward
+from entrocraft.kernels.row_stats import RowValues
+from entrocraft.kernels.vocab_parallel import Shard
+
+# The scalars of a call, in the order of the operators' schema.
+SCALARS = (
+    "float inv_temperature, float? softcap, int? ignore_index, bool collision, bool varentropy, bool argmax, "
+    "int buffer_bytes, bool batch_invariant, str mode, int stored_rows, bool entropy_gradient, int vocab_start, "
+    "int? columns, str? group"
+)
+OPERANDS = "Tensor hidden, Tensor weight, Tensor? bias, Tensor target, Tensor? inv_temperature_T"
+VALUES = len(RowValues._fields)
+OUTPUTS = VALUES + len(Kept._fields)
+
+
+def packed_scalars(inv_temperature: float | Tensor, setting: Setting) -> tuple[Any, ...]:
+    """The arguments that SCALARS names."""
+    number = 1.0 if isinstance(inv_temperature, Tensor) else inv_temperature
+    options, shard = setting.options, setting.shard
+    group = None if shard.group is None else shard.group.group_name
+    return (
+        number, options.softcap, setting.ignore_index, options.collision, options.varentropy, options.argmax,
+        options.buffer_bytes, options.batch_invariant, setting.mode, setting.stored_rows, setting.entropy_gradient,
+        shard.vocab_start, shard.columns, group,
+    )  # fmt: skip
+
+
+def _unpacked(operands: tuple[Any, ...], scalars: tuple[Any, ...]) -> tuple[Head, Setting]:
+    """The reverse of `packed_scalars`, with the operands."""
+    hidden_TH, weight_VH, bias_V, target_T, inv_temperature_T = operands
+    number, softcap, ignore_index, *flags = scalars
+    collision, varentropy, argmax, buffer_bytes, batch_invariant, *rest = flags
+    mode, stored_rows, entropy_gradient, vocab_start, columns, name = rest
+    options = HeadOptions(softcap, collision, varentropy, argmax, buffer_bytes, batch_invariant)
+    inv_temperature = number if inv_temperature_T is None else inv_temperature_T
+    shard = Shard(None if name is None else _group_of(name), vocab_start, columns)
+    head = Head(hidden_TH, weight_VH, bias_V, target_T, inv_temperature, options)
+    return head, Setting(options, ignore_index, mode, stored_rows, entropy_gradient, shard)
+
+
+def _group_of(name: str) -> ProcessGroup:
+    from torch.distributed.distributed_c10d import _resolve_process_group
+
+    return _resolve_process_group(name)
+
+
+_library = torch.library.Library("entrocraft", "DEF")
+_library.define(
+    f"linear_logprob({OPERANDS}, Tensor? hidden_main_grad, Tensor? weight_main_grad, {SCALARS}) "
+    f"-> ({', '.join(['Tensor'] * OUTPUTS)})"
+)
+_library.define(
+    f"linear_logprob_backward({OPERANDS}, Tensor? grad_logprob, Tensor? grad_entropy, Tensor? grad_lse, "
+    f"Tensor[] kept, bool needs_hidden, bool needs_weight, bool needs_bias, {SCALARS}) -> (Tensor, Tensor, Tensor)"
+)
+
+
+@torch.library.impl(_library, "linear_logprob", "CompositeExplicitAutograd")
+def _forward(*arguments):
+    head, setting = _unpacked(arguments[:5], arguments[7:])
+    with torch.no_grad(), torch.cuda.device_of(head.hidden_TH), no_autocast(head.hidden_TH.device):
+        values, kept = run_forward(head, setting)
+    return *values, *kept
+
+
+@torch.library.register_fake("entrocraft::linear_logprob", lib=_library)
+def _fake_forward(*arguments):
+    head, setting = _unpacked(arguments[:5], (*arguments[7:-1], None))
+    new = head.hidden_TH.new_empty
+    values = [new(head.T, dtype=torch.int64 if name == "argmax_T" else head.dtype) for name in RowValues._fields]
+    kept = Kept(*(new(0) for _ in Kept._fields))
+    if setting.mode == "frozen":
+        kept = kept._replace(logprob_basis_TH=new((head.T, head.H)))
+        if setting.entropy_gradient:
+            kept = kept._replace(entropy_basis_TH=new((head.T, head.H)))
+    elif setting.mode == "cache":
+        live = local_head(head, setting.shard)
+        room = Exponentials.empty(live, setting.stored_rows, backend_of(live).tile_columns(live))
+        kept = kept._replace(value_NV=room.value_NV, shift_NS=room.shift_NS)
+    return *values, *kept
+
+
+@torch.library.impl(_library, "linear_logprob_backward", "CompositeExplicitAutograd")
+def _backward(*arguments):
+    head, setting = _unpacked(arguments[:5], arguments[12:])
+    grads = _gradients(head, setting, Upstream(*arguments[5:8]), arguments[8], arguments[9:12], (None, None))
+    return tuple(head.hidden_TH.new_empty(0) if grad is None else grad for grad in grads)
+
+
+@torch.library.register_fake("entrocraft::linear_logprob_backward", lib=_library)
+def _fake_backward(*arguments):
+    return tuple(
+        torch.empty_like(operand, memory_format=torch.contiguous_format) if needed else arguments[0].new_empty(0)
+        for operand, needed in zip(arguments[:3], arguments[9:12], strict=True)
+    )
+
+
+def _gradients(
+    head: Head,
+    setting: Setting,
+    upstream: Upstream,
+    kept: list[Tensor],
+    needs: tuple[bool, ...],
+    main_grads: tuple[Tensor | None, Tensor | None],
+) -> list[Tensor | None]:
+    """Gradients of hidden, weight and bias; None for what is not needed, or went into a main gradient."""
+    grads = [
+        operand.new_zeros(operand.shape, dtype=dtype) if needed and operand is not None and main is None else None
+        for operand, dtype, needed, main in zip(
+            head[:3], (head.dtype, None, None), needs, (*main_grads, None), strict=True
+        )
+    ]
+    columns = setting.shard.columns
+    hidden_TH, weight_VH, bias_V = grads
+    sinks = Sinks(
+        hidden_TH if main_grads[0] is None or not needs[0] else main_grads[0],
+        # Padding rows keep their zeros.
+        weight_VH[:columns] if weight_VH is not None else None,
+        bias_V[:columns] if bias_V is not None else None,
+    )
+    if main_grads[1] is not None and needs[1]:
+        assert bias_V is None, "a main gradient of the weight with a bias was refused"
+        sinks = sinks._replace(weight_VH=main_grads[1][:columns], accumulate=True)
+    with torch.no_grad(), torch.cuda.device_of(head.hidden_TH), no_autocast(head.hidden_TH.device):
+        run_backward(head, upstream, RowValues(*kept[:VALUES]), Kept(*kept[VALUES:]), setting, sinks)
+        return [None if hidden_TH is None else hidden_TH.to(head.hidden_TH.dtype), weight_VH, bias_V]
+
+
+def _setup_context(ctx, inputs, output) -> None:
+    ctx.set_materialize_grads(False)
+    values, kept = RowValues(*output[:VALUES]), output[VALUES:]
+    differentiable = (values.logprob_T, values.entropy_T, values.lse_T)
+    ctx.mark_non_differentiable(*(field for field in output if not any(field is one for one in differentiable)))
+    # Attributes, not saved tensors: they are meant to change between forward and backward.
+    ctx.main_grads, ctx.scalars = inputs[5:7], inputs[7:]
+    needed = [values.logprob_T, values.entropy_T, values.shift_T, values.log_s0_T]
+    ctx.save_for_backward(*inputs[:5], *needed, *kept)
+
+
+def _link(ctx, *grads):
+    """The backward of entrocraft::linear_logprob."""
+    operands, (logprob_T, entropy_T, shift_T, log_s0_T), kept = (
+        ctx.saved_tensors[:5],
+        ctx.saved_tensors[5:9],
+        ctx.saved_tensors[9:],
+    )
+    upstream = Upstream(*grads[:3])
+    needs = tuple(ctx.needs_input_grad[:3])
+    none = (None,) * (len(ctx.scalars) + len(operands) - 3 + 2)
+    if not any(needs) or all(grad is None for grad in upstream):
+        return None, None, None, *none
+    nothing = logprob_T.new_empty(0)
+    values = RowValues(logprob_T, entropy_T, *[nothing] * (VALUES - 4), shift_T, log_s0_T)
+    if any(main is not None for main in ctx.main_grads):
+        head, setting = _unpacked(operands, ctx.scalars)
+        results = _gradients(head, setting, upstream, [*values, *kept], needs, ctx.main_grads)
+    else:
+        results = torch.ops.entrocraft.linear_logprob_backward(
+            *operands, *upstream, [*values, *kept], *needs, *ctx.scalars
+        )
+        results = [grad if needed else None for grad, needed in zip(results, needs, strict=True)]
+    return *results, *none
+
+
+def _no_second_derivative(ctx, *grads):
+    raise RuntimeError(second_derivative_message("linear_logprob_entropy"))
+
+
+torch.library.register_autograd("entrocraft::linear_logprob", _link, setup_context=_setup_context, lib=_library)
+torch.library.register_autograd("entrocraft::linear_logprob_backward", _no_second_derivative, lib=_library)
