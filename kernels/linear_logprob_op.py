@@ -73,7 +73,8 @@ _library.define(
 
 
 @torch.library.impl(_library, "linear_logprob", "CompositeExplicitAutograd")
-def _forward(*arguments):
+def forward(*arguments):
+    """The operator: row values, then what is kept."""
     head, setting = _unpacked(arguments[:5], arguments[7:])
     with torch.no_grad(), torch.cuda.device_of(head.hidden_TH), no_autocast(head.hidden_TH.device):
         values, kept = run_forward(head, setting)
@@ -98,7 +99,8 @@ def _fake_forward(*arguments):
 
 
 @torch.library.impl(_library, "linear_logprob_backward", "CompositeExplicitAutograd")
-def _backward(*arguments):
+def backward(*arguments):
+    """The operator: gradients of hidden, weight and bias, empty where not needed."""
     head, setting = _unpacked(arguments[:5], arguments[12:])
     grads = _gradients(head, setting, Upstream(*arguments[5:8]), arguments[8], arguments[9:12], (None, None))
     return tuple(head.hidden_TH.new_empty(0) if grad is None else grad for grad in grads)

@@ -99,10 +99,13 @@ def check_head() -> Callable[..., TokenStats]:
             head.run(linear_logprob_entropy_reference),
             head.run(linear_logprob_entropy_reference, torch.float64),
         ]
-        for name in TokenStats.__slots__:
+        names = list(runs[2][0].as_dict())
+        assert list(runs[0][0].as_dict()) == names, "fields that were asked for"
+        for name in names:
             values = [getattr(stats, name) for stats, _ in runs]
-            if values[2] is None:
-                assert values[0] is None, f"{name} was not asked for"
+            if values[2].dtype in (torch.int64, torch.bool):
+                # Where two logits are within rounding of each other, either may be the larger.
+                assert float((values[0] == values[2]).double().mean()) >= 0.9 or len(values[0]) < 10, name
             else:
                 size = float(values[2].detach().abs().nan_to_num(posinf=0.0).max()) if len(head.target_T) else 0.0
                 assert_no_worse_than_torch(*values, floor=floor * max(1.0, size / 20), name=name)

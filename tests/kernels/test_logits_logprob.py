@@ -13,9 +13,9 @@ from entrocraft.kernels.testing import assert_no_worse_than_torch
 
 def _run(op, logit_TV, target_T, upstream, **options):
     leaf_TV = logit_TV.detach().requires_grad_()
-    stats = op(leaf_TV, target_T, collision=True, **options)
+    stats = op(leaf_TV, target_T, collision=True, varentropy=True, argmax=True, **options)
     total = (upstream * torch.stack([stats.logprob_T, stats.entropy_T, stats.lse_T])).sum()
-    return [getattr(stats, name) for name in TokenStats.__slots__] + list(torch.autograd.grad(total, [leaf_TV]))
+    return [*stats.as_dict().values(), *torch.autograd.grad(total, [leaf_TV])]
 
 
 # A single token, a vocabulary of one, ragged; the last with blocks of two rows, as a vocabulary of 500k has.
@@ -37,7 +37,7 @@ def test_values_and_gradients(device, monkeypatch, T, V, block, dtype, options):
         _run(reference, logit_TV.double(), target_T, upstream, **options),
     ]
     assert results[0][-1].dtype == dtype
-    assert [value.requires_grad for value in results[0][:5]] == [True, True, True, False, False]
+    assert [value.requires_grad for value in results[0][:8]] == [True] * 3 + [False] * 5
     for name, *triple in zip([*TokenStats.__slots__, "gradient"], *results, strict=True):
         assert_no_worse_than_torch(*triple, floor=1e-6, name=name)
 
@@ -51,12 +51,12 @@ def test_masked_logits_as_after_top_k(device):
     actual = _run(logits_logprob_entropy, masked_TV, kept_TV[:, 2], upstream)
     dense = _run(logits_logprob_entropy, logit_TV.gather(1, kept_TV), torch.full_like(kept_TV[:, 2], 2), upstream)
     exact = _run(reference, masked_TV.double(), kept_TV[:, 2], upstream)
-    for left, right, best in zip(actual[:5], dense[:5], exact[:5], strict=True):
+    for left, right, best in zip(actual[:6], dense[:6], exact[:6], strict=True):
         torch.testing.assert_close(left, right, rtol=0, atol=1e-6)
         torch.testing.assert_close(left.double(), best, rtol=0, atol=1e-6)
-    torch.testing.assert_close(actual[5].gather(1, kept_TV), dense[5], rtol=0, atol=1e-6)
-    assert float(actual[5].masked_fill(~masked_TV.isneginf(), 0).abs().max()) == 0.0
-    assert exact[5].isfinite().all()
+    torch.testing.assert_close(actual[8].gather(1, kept_TV), dense[8], rtol=0, atol=1e-6)
+    assert float(actual[8].masked_fill(~masked_TV.isneginf(), 0).abs().max()) == 0.0
+    assert exact[8].isfinite().all()
 
 
 def test_extremes_and_bad_rows(device):
@@ -88,8 +88,8 @@ def test_agrees_with_the_linear_head(make_head):
     head = make_head(37, 131, 24, collision=True, ignored=5)
     linear, _ = head.run(linear_logprob_entropy)
     logits = logits_logprob_entropy(head.hidden_TH @ head.weight_VH.T, head.target_T, collision=True)
-    for name in TokenStats.__slots__:
-        torch.testing.assert_close(getattr(linear, name), getattr(logits, name), rtol=0, atol=4e-6)
+    for name, field in linear.as_dict().items():
+        torch.testing.assert_close(field, getattr(logits, name), rtol=0, atol=4e-6)
 
 
 def test_all_rows_ignored_and_no_rows(device):
