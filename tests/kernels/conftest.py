@@ -3,16 +3,18 @@
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from entrocraft.kernels import (
     TokenStats,
     linear_logprob_entropy,
     linear_logprob_entropy_reference,
+    linear_logprob_op,
     logits_logprob_entropy_reference,
 )
 from entrocraft.kernels.testing import assert_no_worse_than_torch
@@ -124,6 +126,32 @@ def check_head() -> Callable[..., TokenStats]:
         return runs[0][0].detach()
 
     return check
+
+
+class _Products(TorchDispatchMode):
+    """Counts the multiplications of every matrix product inside it, in-place ones too."""
+
+    count = 0
+    opaque: ClassVar = {  # a mode sees an operator of ours, but not what happens inside it
+        torch.ops.entrocraft.linear_logprob.default: linear_logprob_op.forward,
+        torch.ops.entrocraft.linear_logprob_backward.default: linear_logprob_op.backward,
+    }
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func in self.opaque:
+            with self:
+                return self.opaque[func](*args)
+        left = {"mm": 0, "addmm": 1, "addmm_": 1}.get(func.overloadpacket.__name__)
+        if left is not None:
+            (rows, inner), columns = args[left].shape, args[left + 1].shape[1]
+            self.count += rows * inner * columns
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.fixture(scope="session")
+def count_products() -> type[_Products]:
+    """A context in which the multiplications of matrix products are counted; Triton's own products are not seen."""
+    return _Products
 
 
 def _in_operand_dtype(hidden_TH, weight_VH, target_T, *, bias_V=None, **options) -> TokenStats:

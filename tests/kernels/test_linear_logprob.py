@@ -10,9 +10,8 @@ import hypothesis
 import pytest
 import torch
 from hypothesis import strategies as st
-from torch.utils._python_dispatch import TorchDispatchMode
 
-from entrocraft.kernels import linear_logprob_entropy, linear_logprob_entropy_reference, linear_logprob_op
+from entrocraft.kernels import linear_logprob_entropy, linear_logprob_entropy_reference
 from entrocraft.kernels.linear_logprob_torch import tile_shape
 from entrocraft.kernels.testing import assert_no_worse_than_torch
 
@@ -20,26 +19,6 @@ TRITON = torch.cuda.is_available() or os.environ.get("TRITON_INTERPRET") == "1"
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 if os.environ.get("TRITON_INTERPRET") == "1":
     DTYPES.pop()  # the interpreter truncates at a bf16 store, where a GPU rounds
-
-
-class Products(TorchDispatchMode):
-    """Counts the multiplications of every matrix product inside it, in-place ones too."""
-
-    count = 0
-    opaque = {  # a mode sees an operator of ours, but not what happens inside it
-        torch.ops.entrocraft.linear_logprob.default: linear_logprob_op.forward,
-        torch.ops.entrocraft.linear_logprob_backward.default: linear_logprob_op.backward,
-    }
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func in self.opaque:
-            with self:
-                return self.opaque[func](*args)
-        left = {"mm": 0, "addmm": 1, "addmm_": 1}.get(func.overloadpacket.__name__)
-        if left is not None:
-            (rows, inner), columns = args[left].shape, args[left + 1].shape[1]
-            self.count += rows * inner * columns
-        return func(*args, **(kwargs or {}))
 
 
 # Sizes: a single token; a vocabulary of one; ragged in everything; one past a Triton tile in rows, columns and hidden
@@ -149,13 +128,13 @@ def test_gradcheck(make_head, options):
     assert torch.autograd.gradcheck(outputs, leaves)
 
 
-def test_rows_without_upstream_gradient_are_not_computed(make_head):
+def test_rows_without_upstream_gradient_are_not_computed(make_head, count_products):
     head = make_head(64, 40, 8)
     if not TRITON:
         counts = {}
         for rows in (64, 16):
             stats, leaves = head.run(linear_logprob_entropy)
-            with Products() as products:
+            with count_products() as products:
                 torch.autograd.grad(stats.logprob_T[:rows].sum(), list(leaves.values()))
             counts[rows] = products.count
         assert counts == {64: 3 * 64 * 40 * 8, 16: 3 * 16 * 40 * 8}
@@ -168,13 +147,13 @@ def test_rows_without_upstream_gradient_are_not_computed(make_head):
 
 
 @pytest.mark.parametrize("frozen", ["weight_VH", "hidden_TH"])
-def test_only_needed_gradients_are_computed(make_head, frozen):
+def test_only_needed_gradients_are_computed(make_head, count_products, frozen):
     head = make_head(33, 40, 8)
     _, leaves = head.run(linear_logprob_entropy)
     leaves[frozen].requires_grad_(False)
     (wanted,) = (leaf for name, leaf in leaves.items() if name != frozen)
     stats = linear_logprob_entropy(**leaves, target_T=head.target_T)
-    with Products() as products:
+    with count_products() as products:
         stats.entropy_T.sum().backward()
     assert leaves[frozen].grad is None
     # One gradient, one product. The recomputed logits are another on the torch path; Triton's own are not counted.
