@@ -190,7 +190,9 @@ def _frozen_forward(head: Head, setting: Setting) -> tuple[Tensor, Tensor, Tenso
     half = head.options.buffer_bytes // 2
     head = head._replace(options=head.options._replace(buffer_bytes=half))
     shape = head.hidden_TH.shape
-    bases = [head.hidden_TH.new_empty(shape if kept else 0) for kept in (True, setting.entropy_gradient)]
+    # Not rounded: the exponentials are, and so is the gradient in the end; a third time would show.
+    sizes = (shape, shape if setting.entropy_gradient else 0)
+    bases = [head.hidden_TH.new_empty(size, dtype=head.dtype) for size in sizes]
     sums_KT = neutral_sums(head.T, like=head.hidden_TH, dtype=head.dtype)
     step = agreed(chunk_rows(head, half) if head.V else max(1, head.T), setting.shard, head.hidden_TH.device)
     room = Exponentials.empty(head, min(step, head.T), backend_of(head).tile_columns(head)) if head.V else None

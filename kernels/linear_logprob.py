@@ -198,5 +198,5 @@ def _plan(head: Head, shard: Shard, mode: str, cache_bytes: int, entropy_gradien
         entropy_gradient=entropy_gradient,
         cache_bytes=cache_bytes,
         bytes_per_row=Exponentials.bytes_per_row(live, backend_of(live).tile_columns(live)) if live.V else 1,
-        element_bytes=head.hidden_TH.element_size(),
+        element_bytes=head.dtype.itemsize,
     )

@@ -88,9 +88,9 @@ def _fake_forward(*arguments):
     values = [new(head.T, dtype=torch.int64 if name == "argmax_T" else head.dtype) for name in RowValues._fields]
     kept = Kept(*(new(0) for _ in Kept._fields))
     if setting.mode == "frozen":
-        kept = kept._replace(logprob_basis_TH=new((head.T, head.H)))
+        kept = kept._replace(logprob_basis_TH=new((head.T, head.H), dtype=head.dtype))
         if setting.entropy_gradient:
-            kept = kept._replace(entropy_basis_TH=new((head.T, head.H)))
+            kept = kept._replace(entropy_basis_TH=new((head.T, head.H), dtype=head.dtype))
     elif setting.mode == "cache":
         live = local_head(head, setting.shard)
         room = Exponentials.empty(live, setting.stored_rows, backend_of(live).tile_columns(live))

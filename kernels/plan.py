@@ -6,7 +6,7 @@ A product is 2 T V H operations. What each mode does, and what it keeps between 
     statistics   1         none                            nothing
     recompute    1         3: logits again, dX, dW         nothing
     cache        1         2, + 1 for the rows not kept    e (V rounded up) + 4 tiles a kept row; e = 2 for bf16, fp16
-    frozen       2 or 3    none                            e T H, twice with the entropy's gradient
+    frozen       2 or 3    none                            4 T H (fp32), twice with the entropy's gradient
 
 `frozen` needs a head without gradients (weight and bias). dX is linear in the upstream gradients of log-probability and
 entropy, so their two factors are computed in the forward and the backward is elementwise.
@@ -55,7 +55,7 @@ def plan_head(
     entropy_gradient: bool = True,
     cache_bytes: int = 0,
     bytes_per_row: int,
-    element_bytes: int = 2,
+    element_bytes: int = 4,
 ) -> HeadPlan:
     """The plan for T rows of hidden size H, by the rule at the top of this file; logged once per set of arguments.
 
@@ -65,7 +65,7 @@ def plan_head(
         entropy_gradient: whether the entropy's gradient will be asked for.
         cache_bytes: what may be kept between forward and backward.
         bytes_per_row: of the exponentials of one row.
-        element_bytes: of an element of hidden.
+        element_bytes: of the dtype that sums are kept in.
 
     Raises:
         ValueError: an unknown mode; statistics where a gradient is required; frozen where weight or bias require one.

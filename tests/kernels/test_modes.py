@@ -1,4 +1,4 @@
-"""The modes of the linear head: each gives the reference's gradients, at its price in products, by the rule's choice."""
+"""The modes of the linear head: each gives the reference's gradients, at its price in products, as the rule chooses."""
 
 import logging
 import os
@@ -126,7 +126,7 @@ def test_a_graph_can_be_walked_twice(make_head, mode):
 
 def test_the_rule_at_its_boundaries():
     sizes = {"T": 1000, "H": 64, "bytes_per_row": 300}
-    basis, exponentials = 2 * 1000 * 64, 1000 * 300
+    basis, exponentials = 4 * 1000 * 64, 1000 * 300
     cases = [
         # needs_hidden, needs_weight, cache_bytes, entropy_gradient -> mode, products
         ((False, False, exponentials, True), ("statistics", 1)),
