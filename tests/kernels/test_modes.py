@@ -125,8 +125,8 @@ def test_a_graph_can_be_walked_twice(make_head, mode):
 
 
 def test_the_rule_at_its_boundaries():
-    sizes = {"T": 1000, "H": 64, "bytes_per_row": 300}
-    basis, exponentials = 4 * 1000 * 64, 1000 * 300
+    sizes = {"T": 1000, "H": 64, "bytes_per_row": 1200}
+    basis, exponentials = 4 * 1000 * 64, 1000 * 1200
     cases = [
         # needs_hidden, needs_weight, cache_bytes, entropy_gradient -> mode, products
         ((False, False, exponentials, True), ("statistics", 1)),
@@ -146,8 +146,8 @@ def test_the_rule_at_its_boundaries():
         assert (plan.mode, plan.products) == expected
         assert plan.kept_bytes <= cache_bytes
     part = plan_head(**sizes, mode="cache", cache_bytes=exponentials // 4)
-    assert part == ("cache", 250, 75_000, 3.75)
-    assert str(part) == "cache: 3.75 products, keeps 0.1 MiB of 250 rows"
+    assert part == ("cache", 250, 300_000, 3.75)
+    assert str(part) == "cache: 3.75 products, keeps 0.3 MiB of 250 rows"
 
 
 def test_the_rule_is_applied_and_logged(make_head, caplog):
