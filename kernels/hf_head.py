@@ -39,11 +39,12 @@ class FusedHead:
     """Per-token log-probability and entropy of a Hugging Face causal LM, from its backbone and its head's weight.
 
     ```
-    head = FusedHead(model)                       # a causal LM whose head is linear on the backbone's output
+    head = FusedHead(model, cache_bytes=2 << 30)  # a causal LM whose head is linear on the backbone's output
     stats = head(target_T, position_T, input_ids=input_ids_BS, attention_mask=mask_BS, temperature=1.0)
     ```
 
-    Holds the model and no parameters of its own; the head is looked up at each call, so that wrapping, freezing, or
+    Keyword arguments are those of `linear_logprob_entropy` that every call shall have (mode, cache_bytes, buffer_bytes,
+    varentropy, ...). Holds the model and no parameters of its own; the head is looked up at each call, so that wrapping, freezing, or
     re-tying it afterwards is honoured. Differentiable as `linear_logprob_entropy` is. Under autocast the hidden rows
     and the weight are first cast to its dtype, as autocast does for a linear layer; sums stay in fp32.
 
@@ -53,7 +54,8 @@ class FusedHead:
     known entry of its configuration, is not seen here: `check` compares with the model's own logits.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, **options: Any) -> None:
+        self.options = options
         # An adapter wrapper hides the causal LM, whose `base_model` is the backbone; the wrapper's own is not.
         unwrap = getattr(model, "get_base_model", None)
         self.model: Any = unwrap() if callable(unwrap) else model
@@ -119,7 +121,7 @@ class FusedHead:
             bias_V=bias_V,
             temperature=temperature / self.scale,
             softcap=None if self.softcap is None else self.softcap / self.scale,
-            **options,
+            **self.options | options,
         )
 
     def head_parameters(self) -> tuple[Tensor, Tensor | None]:

@@ -125,6 +125,21 @@ def test_all_positions_temperature_and_collision(device, batch):
         torch.testing.assert_close(getattr(stats, name).double(), getattr(exact, name), rtol=0, atol=2e-5)
 
 
+@pytest.mark.parametrize("tied", [True, False])
+def test_options_of_every_call(device, batch, tied):
+    target_T, position_T, inputs = batch
+    model = _qwen3(tied=tied, device=device)
+    results = []
+    for options in ({}, {"mode": "cache", "cache_bytes": 1 << 24, "varentropy": True}):
+        stats = FusedHead(model, **options)(target_T, position_T, **inputs)
+        assert (stats.varentropy_T is None) == (not options)
+        results.append((stats.logprob_T.detach(), _gradients(model, stats)))
+    (recomputed_T, expected), (cached_T, actual) = results
+    torch.testing.assert_close(cached_T, recomputed_T, rtol=0, atol=0)
+    for name, wanted in expected.items():
+        torch.testing.assert_close(actual[name], wanted, rtol=1e-4, atol=1e-5 * float(wanted.abs().max()))
+
+
 def test_frozen_head_and_frozen_backbone(device, batch):
     target_T, position_T, inputs = batch
     model = _qwen3(tied=False, device=device)
