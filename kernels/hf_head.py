@@ -43,10 +43,11 @@ class FusedHead:
     stats = head(target_T, position_T, input_ids=input_ids_BS, attention_mask=mask_BS, temperature=1.0)
     ```
 
-    Keyword arguments are those of `linear_logprob_entropy` that every call shall have (mode, cache_bytes, buffer_bytes,
-    varentropy, ...). Holds the model and no parameters of its own; the head is looked up at each call, so that wrapping, freezing, or
-    re-tying it afterwards is honoured. Differentiable as `linear_logprob_entropy` is. Under autocast the hidden rows
-    and the weight are first cast to its dtype, as autocast does for a linear layer; sums stay in fp32.
+    Keyword arguments are those of `linear_logprob_entropy` that every call shall have (mode, cache_bytes,
+    buffer_bytes, varentropy, ...). Holds the model and no parameters of its own; the head is looked up at each call,
+    so that wrapping, freezing, or re-tying it afterwards is honoured. Differentiable as `linear_logprob_entropy` is.
+    Under autocast the hidden rows and the weight are first cast to its dtype, as autocast does for a linear layer;
+    sums stay in fp32.
 
     Raises ValueError, when constructed or called, for a model without an output embedding, an encoder-decoder, a head
     that is not a plain linear layer (LoRA or another adapter, quantized), parameters between backbone and head (BERT's

@@ -1,8 +1,8 @@
 """The device code of `linear_logprob_triton.py`: four kernels over tiles of the logits, which stay in registers.
 
-The mathematics is that of `row_stats.py`. A tile of logits is one matrix product with an epilogue: `stats_kernel` (K1)
-reduces it to a few sums a row, `dlogits_kernel` (K3) turns it into logit gradients. `merge_kernel` (K2) folds the sums of
-the tiles, `stored_dlogits_kernel` makes logit gradients from stored exponentials without a product.
+The mathematics is that of `row_stats.py`. A tile of logits is one matrix product with an epilogue: `stats_kernel`
+(K1) reduces it to a few sums a row, `dlogits_kernel` (K3) turns it into logit gradients. `merge_kernel` (K2) folds
+the sums of the tiles, `stored_dlogits_kernel` makes logit gradients from stored exponentials without a product.
 
 What keeps the tensor cores busy, compiled for sm_80, sm_90 and sm_100 and held by `tests/kernels/test_aot.py`:
 - No branch touches the accumulator. It is scaled first, once and for all; branches read and write what follows. A
@@ -265,7 +265,10 @@ def dlogits_kernel(
         acc, b_ptr, inv_temperature_ptr, t, v, T, V, inv_temperature, softcap,
         HAS_BIAS, HAS_SOFTCAP, ROW_TEMPERATURE,
     )  # fmt: skip
-    u = z - tl.load(shift_ptr + t, mask=t_mask, other=0.0)[:, None]
+    # Rows and columns past the end hold the logits of others, whose exponentials might overflow.
+    u = z - tl.load(shift_ptr + t, mask=t_mask, other=-ROW_FLOOR)[:, None]
+    if v_first + BLOCK_V > V:
+        u = tl.where(v_mask[None, :], u, U_MIN)
     if HAS_BIAS:
         u = tl.where(u < U_MIN, U_MIN, u)
     factor = tl.load(offset_ptr + t, mask=t_mask, other=0.0)[:, None]
@@ -298,7 +301,8 @@ def stored_dlogits_kernel(
     HAS_SLOPE: tl.constexpr, HAS_TARGET: tl.constexpr,
     COLUMNS: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
-    """dz from stored exponentials, whose tiles are COLUMNS wide: `column` is a multiple of that, and BLOCK_V divides it.
+    """dz from stored exponentials, whose tiles are COLUMNS wide: `column` is a multiple of that, and BLOCK_V divides
+    it.
 
     The target's own element is made from the exact z_y - shift (`row_stats.stored_gradient`).
     """

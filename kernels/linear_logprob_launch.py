@@ -1,8 +1,9 @@
 """How large a tile each chip computes at a time, and how the kernels of the head are started.
 
-A row's sums depend on the tile's width alone, and the width on chip and dtype alone: that is what makes them independent
-of the batch. The tiles are those that compile without a register spill, without serialised wgmma and within the chip's
-shared memory; `tests/kernels/test_aot.py` compiles every line of the tables with the launchers' own arguments.
+A row's sums depend on the tile's width alone, and the width on chip and dtype alone: that is what makes them
+independent of the batch. The tiles are those that compile without a register spill, without serialised wgmma and
+within the chip's shared memory; `tests/kernels/test_aot.py` compiles every line of the tables with the launchers' own
+arguments.
 """
 
 from __future__ import annotations
@@ -74,29 +75,34 @@ def tile_of(head: Head, tiles: dict[int, Tile], *, interpreted: bool) -> Tile:
 
 
 def describable(matrix: Tensor) -> bool:
-    """Whether a tensor descriptor can hold a matrix: rows of unit stride, 16-byte pitch and base, at least one element."""
+    """Whether a tensor descriptor can hold a matrix: rows of unit stride, 16-byte pitch and base, at least one
+    element."""
     pitch = matrix.stride(0) * matrix.element_size()
     dense = matrix.stride(1) == 1 and pitch >= matrix.shape[1] * matrix.element_size()
     return dense and pitch % 16 == 0 and matrix.data_ptr() % 16 == 0 and matrix.numel() > 0
 
 
-def operands(hidden_NH: Tensor, weight_MH: Tensor, tile: Tile) -> tuple[Any, Any, bool]:
+def upcast(head: Head) -> bool:
+    """Operands go to the product as fp32: two dtypes; or bf16 in the interpreter, which multiplies its raw bits."""
+    interpreted = triton.knobs.runtime.interpret and head.hidden_TH.dtype == torch.bfloat16
+    return head.hidden_TH.dtype != head.weight_VH.dtype or interpreted
+
+
+def operands(head: Head, tile: Tile) -> tuple[Any, Any, bool]:
     """Hidden and weight as the kernel takes them, and whether those are descriptors; the arithmetic is the same."""
-    if tile.tma and describable(hidden_NH) and describable(weight_MH):
-        blocks = [tile.BLOCK_T, tile.BLOCK_H], [tile.BLOCK_V, tile.BLOCK_H]
-        x, w = (TensorDescriptor.from_tensor(m, block) for m, block in zip((hidden_NH, weight_MH), blocks, strict=True))
-        return x, w, True
-    return hidden_NH, weight_MH, False
+    matrices = head.hidden_TH, head.weight_VH
+    if not tile.tma or upcast(head) or not all(describable(matrix) for matrix in matrices):
+        return *matrices, False
+    rows = tile.BLOCK_T, tile.BLOCK_V
+    x, w = (TensorDescriptor.from_tensor(m, [n, tile.BLOCK_H]) for m, n in zip(matrices, rows, strict=True))
+    return x, w, True
 
 
 def product_constants(head: Head, tile: Tile, *, tma: bool) -> dict[str, Any]:
     """The constants that every kernel with a product takes."""
-    mixed = head.hidden_TH.dtype != head.weight_VH.dtype
-    # The interpreter multiplies the raw bits of bf16 operands; their products are exact in fp32 as well.
-    upcast = mixed or (head.hidden_TH.dtype == torch.bfloat16 and not head.hidden_TH.is_cuda)
     return {
-        "TMA": tma and not upcast,
-        "UPCAST": upcast,
+        "TMA": tma,
+        "UPCAST": upcast(head),
         "EVEN_H": head.H % tile.BLOCK_H == 0,
         "GROUP": GROUP,
         "BLOCK_T": tile.BLOCK_T,

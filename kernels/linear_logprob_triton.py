@@ -1,16 +1,16 @@
 """The Triton path of `linear_logprob.py`: logits live in registers, in fp32, and are never rounded or stored.
 
-Forward: K1 computes tile after tile of the logits and writes a few sums a row and tile, K2 merges them in a fixed order.
-Tiles are independent of each other, so their order serves the L2 cache, results repeat to the last bit, and those of a
-row are the same in any batch. Backward: tiles are recomputed (K3), or read where their exponentials were stored, and dz
-is written to a buffer of bounded size, one vocabulary split after the other; the two products that follow are
-cuBLAS's, with fp32 results: the hidden gradient accumulates in fp32 over the splits (a bf16 sum over 16 splits loses two
-bits), the weight gradient of a split is finished before the next begins.
+Forward: K1 computes tile after tile of the logits and writes a few sums a row and tile, K2 merges them in a fixed
+order. Tiles are independent of each other, so their order serves the L2 cache, results repeat to the last bit, and
+those of a row are the same in any batch. Backward: tiles are recomputed (K3), or read where their exponentials were
+stored, and dz is written to a buffer of bounded size, one vocabulary split after the other; the two products that
+follow are cuBLAS's, with fp32 results: the hidden gradient accumulates in fp32 over the splits (a bf16 sum over 16
+splits loses two bits), the weight gradient of a split is finished before the next begins.
 
 Operations: 2 T V H forward; backward 2 T V H each for the logits, the hidden and the weight gradient. Bytes, T = 16384,
-V = 151936, H = 2560 in bf16, tiles of 128 x 256: partial sums 12 T V / 256 = 117 MB written and read once (28 with every
-statistic), dz 2 T V = 5.0 GB written and read twice, against 30 T V for eager statistics. The intensity of the product
-is that of its tile, 85 operations a byte from the L2 cache; HBM sees hidden and weight about once (GROUP).
+V = 151936, H = 2560 in bf16, tiles of 128 x 256: partial sums 12 T V / 256 = 117 MB written and read once (28 T V / 256
+with every statistic), dz 2 T V = 5.0 GB written and read twice, against 30 T V for eager statistics. The intensity of
+the product is that of its tile, 85 operations a byte from the L2 cache; HBM sees hidden and weight about once (GROUP).
 
 A gradient is not the same to the last bit in any batch: a library product may choose its order by the number of rows,
 and the scale of fp16 is the batch's. `batch_invariant` gives the products one shape.
@@ -89,7 +89,7 @@ def _part(exponentials: Exponentials | None, t: slice) -> Exponentials | None:
 def _launch_stats(
     head: Head, tile: launch.Tile, part_KST: Tensor, target_T: Tensor, stored: Exponentials | None
 ) -> None:
-    x, w, tma = launch.operands(head.hidden_TH, head.weight_VH, tile)
+    x, w, tma = launch.operands(head, tile)
     value_NV, shift_NS = (None, None) if stored is None else (stored.value_NV, stored.shift_NS)
     temperature_T = head.inv_temperature if isinstance(head.inv_temperature, Tensor) else None
     options = head.options
@@ -225,7 +225,7 @@ def gradients(head: Head, rows: RowCoefficients, sinks: Sinks, exponentials: Exp
 def _launch_dlogits(head: Head, v: slice, rows: RowCoefficients, dz_NM: Tensor) -> None:
     tile = launch.tile_of(head, launch.BACKWARD_TILES, interpreted=_interpreted())
     head = head._replace(weight_VH=head.weight_VH[v], bias_V=None if head.bias_V is None else head.bias_V[v])
-    x, w, tma = launch.operands(head.hidden_TH, head.weight_VH, tile)
+    x, w, tma = launch.operands(head, tile)
     temperature_T = head.inv_temperature if isinstance(head.inv_temperature, Tensor) else None
     dlogits_kernel[(triton.cdiv(head.T, tile.BLOCK_T) * triton.cdiv(head.V, tile.BLOCK_V),)](
         # operands and pointers

@@ -10,12 +10,11 @@ import re
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 
-from entrocraft.kernels import TokenStats, linear_logprob_entropy, linear_logprob_torch
+from entrocraft.kernels import linear_logprob_entropy, linear_logprob_torch
 
 TRITON = torch.cuda.is_available() or os.environ.get("TRITON_INTERPRET") == "1"
 needs_triton = pytest.mark.skipif(not TRITON, reason="no GPU: these run in the interpreter's process, started below")
@@ -24,6 +23,7 @@ needs_triton = pytest.mark.skipif(not TRITON, reason="no GPU: these run in the i
 @pytest.mark.skipif(TRITON, reason="this process runs them itself")
 def test_all_tests_of_the_op_under_the_interpreter():
     files = [str(Path(__file__).with_name(f"test_linear_logprob{suffix}.py")) for suffix in ("", "_edges", "_triton")]
+    files.append(str(Path(__file__).with_name("test_modes.py")))
     result = subprocess.run(
         [sys.executable, "-P", "-m", "pytest", "-q", "-x", "-rs", *files],
         env=os.environ | {"TRITON_INTERPRET": "1"},
@@ -73,15 +73,23 @@ def test_the_kernels_are_launched(make_head, monkeypatch):
             launches.append(self.name)
             return self.kernel[grid]
 
-    for name in ("stats_kernel", "merge_kernel", "dlogits_kernel"):
+    for name in ("stats_kernel", "merge_kernel", "dlogits_kernel", "stored_dlogits_kernel"):
         monkeypatch.setattr(linear_logprob_triton, name, Counted(getattr(linear_logprob_triton, name), name))
     # The torch path must have no part in it.
-    monkeypatch.delattr(linear_logprob_torch, "forward")
-    monkeypatch.delattr(linear_logprob_torch, "backward")
-    stats, leaves = make_head(9, 300, 5).run(linear_logprob_entropy, buffer_bytes=4 * 9 * 128)
-    torch.autograd.grad(stats.entropy_T.sum(), list(leaves.values()))
-    # 300 columns through a buffer of 128: three vocabulary splits in the backward.
-    assert launches == ["stats_kernel", "merge_kernel", *["dlogits_kernel"] * 3]
+    monkeypatch.delattr(linear_logprob_torch, "statistics")
+    monkeypatch.delattr(linear_logprob_torch, "gradients")
+    head = make_head(9, 600, 5)
+    # 600 columns through a buffer of 256: three vocabulary splits in the backward.
+    for options, backward in (
+        ({}, ["dlogits_kernel"] * 3),
+        ({"mode": "cache", "cache_bytes": 1 << 20}, ["stored_dlogits_kernel"] * 3),
+        # Room for the exponentials of some of the rows only.
+        ({"mode": "cache", "cache_bytes": 5 * (2400 + 20)}, ["stored_dlogits_kernel", "dlogits_kernel"] * 3),
+    ):
+        launches.clear()
+        stats, leaves = head.run(linear_logprob_entropy, buffer_bytes=4 * 9 * 128, **options)
+        torch.autograd.grad(stats.entropy_T.sum(), list(leaves.values()))
+        assert launches == ["stats_kernel", "merge_kernel", *backward]
 
 
 def _dlogits_bytes(T, rows, columns, H, dtype, weight_dtype):
@@ -108,7 +116,7 @@ def _dlogits_bytes(T, rows, columns, H, dtype, weight_dtype):
 )
 def test_everything_the_backward_holds_is_inside_the_budget(dtype, weight_dtype):
     pytest.importorskip("triton")
-    from entrocraft.kernels.linear_logprob_triton import BLOCK_T, BLOCK_V, buffer_shape
+    from entrocraft.kernels.linear_logprob_triton import LEAST_T, LEAST_V, buffer_shape
 
     element_bytes = (dtype if dtype == weight_dtype else torch.float32).itemsize
     for V, H in ((151936, 4096), (262144, 8192), (151936, 256), (300, 96)):
@@ -118,7 +126,7 @@ def test_everything_the_backward_holds_is_inside_the_budget(dtype, weight_dtype)
                 rows, columns = buffer_shape(T, V, H, element_bytes=element_bytes, buffer_bytes=budget)
                 assert 1 <= rows <= T
                 assert 1 <= columns <= V
-                least = element_bytes * BLOCK_T * BLOCK_V + 1280 * H
+                least = element_bytes * LEAST_T * LEAST_V + (8 * LEAST_V + 4 * LEAST_T) * H
                 assert _dlogits_bytes(T, rows, columns, H, dtype, weight_dtype) <= max(budget, least), (T, V, H)
                 columns_of_T.add(columns)
             assert len(columns_of_T) == 1, "the number of columns depends on T"
@@ -130,9 +138,9 @@ def test_everything_the_backward_holds_is_inside_the_budget(dtype, weight_dtype)
 @needs_triton
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 def test_several_blocks_and_splits_as_one(make_head, dtype):
-    # The least budget: two row blocks and two splits; the first row block has no gradient at all.
-    head = make_head(100, 150, 20, dtype=dtype, bias=True)
-    upstream = torch.randn(100, device=head.target_T.device)
+    # The least budget: two row blocks and two splits, after the rows without a gradient are packed away.
+    head = make_head(300, 400, 20, dtype=dtype, bias=True)
+    upstream = torch.randn(300, device=head.target_T.device)
     upstream[:70] = 0.0
     results = []
     for buffer_bytes in (1, 1 << 28):
@@ -141,46 +149,6 @@ def test_several_blocks_and_splits_as_one(make_head, dtype):
     for split, whole in zip(*results, strict=True):
         size = float(whole.abs().max())
         torch.testing.assert_close(split, whole, rtol=0, atol=size * (1e-6 if dtype == torch.float32 else 1e-3))
-
-
-def _signature(kernel, constants: dict) -> dict[str, str]:
-    pointers = {"x_ptr": "*bf16", "w_ptr": "*bf16", "y_ptr": "*i64", "row_ptr": "*i64", "count_ptr": "*i32"}
-    kinds = {"inv_temperature": "fp32", "softcap": "fp32"}
-    return {
-        name: "constexpr"
-        if name in constants
-        else pointers.get(name, "*fp32")
-        if name.endswith("_ptr")
-        else kinds.get(name, "i32")
-        for name in kernel.arg_names
-    }
-
-
-@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter compiles nothing")
-@pytest.mark.parametrize("name", ["stats_kernel", "merge_kernel", "dlogits_kernel"])
-def test_no_stride_is_multiplied_in_32_bits(name, tmp_path, monkeypatch):
-    # Compiled for a GPU, which needs none. The partial sums alone reach 2^31 elements at 3.6 million rows of 152k.
-    pytest.importorskip("triton")
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
-    from entrocraft.kernels import linear_logprob_device
-
-    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    kernel = getattr(linear_logprob_device, name)
-    sizes = {"BLOCK_T": 16, "BLOCK_V": 16, "BLOCK_H": 16, "SPLIT_V": 64, "UPCAST": False}
-    constants = {
-        argument: sizes.get(argument, True)
-        for argument in kernel.arg_names
-        if argument.isupper() and argument not in ("V", "H", "SPLITS")
-    }
-    indices: dict[Any, Any] = {(kernel.arg_names.index(argument),): value for argument, value in constants.items()}
-    source = ASTSource(kernel, _signature(kernel, constants), indices)
-    text = triton.compile(source, target=GPUTarget("cuda", 90, 32)).asm["ttir"]
-    products = [line for line in text.splitlines() if "arith.muli" in line]
-    assert products
-    assert not [line for line in products if "stride" in line and re.search(r"\bi32\b|xi32", line)]
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="fewer than two GPUs")
@@ -203,8 +171,8 @@ def test_both_paths_agree(make_head):
     # fp64 operands always take the torch path.
     other, others = head.run(linear_logprob_entropy, torch.float64)
     expected = torch.autograd.grad(other.logprob_T.sum() + other.entropy_T.sum(), list(others.values()))
-    for name in TokenStats.__slots__:
-        torch.testing.assert_close(getattr(stats, name).double(), getattr(other, name), rtol=0, atol=1e-5)
+    for name, field in stats.as_dict().items():
+        torch.testing.assert_close(field.double(), getattr(other, name), rtol=0, atol=1e-5)
     for actual, wanted in zip(gradients, expected, strict=True):
         torch.testing.assert_close(actual.double(), wanted, rtol=0, atol=1e-5 * float(wanted.abs().max()))
 
@@ -221,33 +189,52 @@ def test_a_row_does_not_depend_on_its_batch(make_head):
     alone, alone_leaves = head.run(linear_logprob_entropy)
     (alone_gradient,) = torch.autograd.grad(alone.entropy_T.sum(), [alone_leaves["hidden_TH"]])
     rows = torch.arange(37, device=picked.device) != 5
-    for name in TokenStats.__slots__:
-        assert torch.equal(getattr(alone, name)[rows], getattr(stats, name)[picked][rows]), name
+    for name, field in alone.as_dict().items():
+        assert torch.equal(field[rows], getattr(stats, name)[picked][rows]), name
     # The product that follows dz is the library's, which may choose another order for another number of rows.
     torch.testing.assert_close(alone_gradient[rows], gradient[picked][rows], rtol=0, atol=1e-5)
 
 
 @needs_triton
 def test_target_outside_the_vocabulary_is_nan(make_head):
-    from entrocraft.kernels import linear_logprob_triton
-    from entrocraft.kernels.arguments import HeadOptions
+    from entrocraft.kernels.head import Head
+    from entrocraft.kernels.linear_logprob_triton import statistics
     from entrocraft.kernels.row_stats import finish
 
-    head = make_head(6, 11, 4)
-    inside = finish(
-        linear_logprob_triton.forward(
-            head.hidden_TH, head.weight_VH, None, head.target_T, 1.0, HeadOptions(None, -100, False, 1)
-        )
-    )
+    made = make_head(6, 11, 4)
+    head = Head(made.hidden_TH, made.weight_VH, None, made.target_T, 1.0)
+    inside = finish(statistics(head))
+    assert inside.logprob_T.isfinite().all()
     for wrong in (11, -1, 2**40):
         head.target_T[2] = wrong
-        values = finish(
-            linear_logprob_triton.forward(
-                head.hidden_TH, head.weight_VH, None, head.target_T, 1.0, HeadOptions(None, -100, False, 1)
-            )
-        )
+        values = finish(statistics(head))
         assert values.logprob_T.isnan().tolist() == [False, False, True, False, False, False]
         torch.testing.assert_close(values.entropy_T, inside.entropy_T, rtol=0, atol=0)
+
+
+@needs_triton
+@pytest.mark.parametrize("mode", ["recompute", "cache"])
+def test_descriptors_and_pointers_give_the_same_bits(make_head, monkeypatch, mode):
+    # Hidden of 40 fp16 columns has the pitch a tensor descriptor needs. 300 rows and columns: ragged tiles both ways.
+    from entrocraft.kernels import linear_logprob_launch
+
+    head = make_head(300, 300, 40, dtype=torch.float16, collision=True, row_temperature=True)
+    calls = []
+    of = linear_logprob_launch.TensorDescriptor.from_tensor
+    monkeypatch.setattr(
+        linear_logprob_launch.TensorDescriptor, "from_tensor", lambda *args: calls.append(args) or of(*args)
+    )
+    results = []
+    for described in (True, False):
+        if not described:
+            monkeypatch.setattr(linear_logprob_launch, "describable", lambda matrix: False)
+        stats, leaves = head.run(linear_logprob_entropy, mode=mode, cache_bytes=1 << 17)
+        gradients = torch.autograd.grad(stats.logprob_T.sum() + stats.entropy_T.sum(), list(leaves.values()))
+        assert bool(calls) == described
+        calls.clear()
+        results.append([*stats.detach().as_dict().values(), *gradients])
+    for left, right in zip(*results, strict=True):
+        assert torch.equal(left, right)
 
 
 @needs_triton
