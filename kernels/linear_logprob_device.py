@@ -80,6 +80,7 @@ def _product(
         t = t_first + tl.arange(0, BLOCK_T)
         v = v_first + tl.arange(0, BLOCK_V)
         h = tl.arange(0, BLOCK_H)
+        step = tl.full((), BLOCK_H, tl.int64)  # a stride of 1 arrives as a constant, which has no type to convert
         x_ptrs = x + tl.where(t < T, t, 0).to(tl.int64)[:, None] * stride_x_t + h.to(tl.int64)[None, :] * stride_x_h
         w_ptrs = w + tl.where(v < V, v, 0).to(tl.int64)[None, :] * stride_w_v + h.to(tl.int64)[:, None] * stride_w_h
         for k in range(0, steps):
@@ -93,8 +94,8 @@ def _product(
                 a = a.to(tl.float32)
                 b = b.to(tl.float32)
             acc = tl.dot(a, b, acc, input_precision="ieee")
-            x_ptrs += stride_x_h.to(tl.int64) * BLOCK_H
-            w_ptrs += stride_w_h.to(tl.int64) * BLOCK_H
+            x_ptrs += step * stride_x_h
+            w_ptrs += step * stride_w_h
     return acc
 
 
@@ -126,11 +127,12 @@ def stats_kernel(
     # sizes
     T, V, H, stored_rows, programs,
     # strides
-    stride_x_t, stride_x_h, stride_w_v, stride_w_h, stride_part_k, stride_part_s, stride_e_t, stride_shift_t,
+    stride_x_t, stride_x_h, stride_w_v, stride_w_h, stride_part_s, stride_e_t, stride_shift_t,
     # constants
     inv_temperature, softcap,
     HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, ROW_TEMPERATURE: tl.constexpr,
     COLLISION: tl.constexpr, VARENTROPY: tl.constexpr, ARGMAX: tl.constexpr, STORE: tl.constexpr,
+    FIELDS: tl.constexpr,
     TMA: tl.constexpr, UPCAST: tl.constexpr, EVEN_H: tl.constexpr, FLATTEN: tl.constexpr,
     GROUP: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_H: tl.constexpr,
 ):  # fmt: skip
@@ -159,25 +161,31 @@ def stats_kernel(
         if HAS_BIAS:
             z = tl.where(z < ABSENT, ABSENT, z)  # a comparison, not tl.maximum, which drops a NaN
         m = tl.maximum(tl.max(z, axis=1), ROW_FLOOR)
-        part = part_ptr + (v_first // BLOCK_V).to(tl.int64) * stride_part_s + t
+        wide = tl.full((), 1, tl.int64)
+        part = part_ptr + (wide * (v_first // BLOCK_V) * stride_part_s + t * FIELDS)
         if ARGMAX:
             index = tl.min(tl.where(z == m[:, None], v[None, :], V), axis=1)
-            tl.store(part + 6 * stride_part_k.to(tl.int64), index.to(tl.float32), mask=t_mask)
+            tl.store(part + 6, index.to(tl.float32), mask=t_mask)
         u = z - m[:, None]
         e = tl.exp(u)
         tl.store(part, m, mask=t_mask)
-        tl.store(part + stride_part_k.to(tl.int64), tl.sum(e, axis=1), mask=t_mask)
+        tl.store(part + 1, tl.sum(e, axis=1), mask=t_mask)
         if STORE:
-            e_ptrs = e_ptr + t.to(tl.int64)[:, None] * stride_e_t + v[None, :]
-            tl.store(e_ptrs, e.to(e_ptr.dtype.element_ty), mask=(t < stored_rows)[:, None] & (v < V)[None, :])
-            tl.store(shift_ptr + t.to(tl.int64) * stride_shift_t + v_first // BLOCK_V, m, mask=t < stored_rows)
+            if TMA:
+                e_ptr.store([t_first, v_first], e.to(e_ptr.dtype))
+            else:
+                # Offsets inside a tile fit in 32 bits; 64 for each element would take all registers twice.
+                e_ptrs = e_ptr + wide * t_first * stride_e_t + v_first
+                e_ptrs += tl.arange(0, BLOCK_T)[:, None] * stride_e_t + tl.arange(0, BLOCK_V)[None, :]
+                tl.store(e_ptrs, e.to(e_ptr.dtype.element_ty), mask=(t < stored_rows)[:, None] & (v < V)[None, :])
+            tl.store(shift_ptr + wide * t * stride_shift_t + v_first // BLOCK_V, m, mask=t < stored_rows)
         ue = u * e
-        tl.store(part + 2 * stride_part_k.to(tl.int64), tl.sum(ue, axis=1), mask=t_mask)
-        if COLLISION:
-            tl.store(part + 3 * stride_part_k.to(tl.int64), tl.sum(e * e, axis=1), mask=t_mask)
-            tl.store(part + 4 * stride_part_k.to(tl.int64), tl.sum(ue * e, axis=1), mask=t_mask)
         if VARENTROPY:
-            tl.store(part + 5 * stride_part_k.to(tl.int64), tl.sum(u * ue, axis=1), mask=t_mask)
+            tl.store(part + 5, tl.sum(u * ue, axis=1), mask=t_mask)
+        tl.store(part + 2, tl.sum(ue, axis=1), mask=t_mask)
+        if COLLISION:
+            tl.store(part + 4, tl.sum(ue * e, axis=1), mask=t_mask)
+            tl.store(part + 3, tl.sum(e * e, axis=1), mask=t_mask)
 
 
 @triton.jit
@@ -187,42 +195,42 @@ def merge_kernel(
     # sizes
     T, tiles,
     # strides
-    stride_part_k, stride_part_s, stride_sums_k,
+    stride_part_s, stride_sums_k,
     # constants
-    COLLISION: tl.constexpr, VARENTROPY: tl.constexpr, ARGMAX: tl.constexpr, BLOCK_T: tl.constexpr,
+    COLLISION: tl.constexpr, VARENTROPY: tl.constexpr, ARGMAX: tl.constexpr,
+    FIELDS: tl.constexpr, BLOCK_T: tl.constexpr,
 ):  # fmt: skip
     """K2: the sums of a block of rows over the whole vocabulary, merged tile by tile in a fixed order."""
     t = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
     t_mask = t < T
-    field = stride_part_k.to(tl.int64)
     zero = tl.zeros((BLOCK_T,), dtype=tl.float32)
     m, s0, s1, q0, q1, s2, index = zero + ROW_FLOOR, zero, zero, zero, zero, zero, zero
-    part = part_ptr + t
+    part = part_ptr + t.to(tl.int64) * FIELDS
     for _ in range(0, tiles):
         part_m = tl.load(part, mask=t_mask, other=ROW_FLOOR)
-        part_s0 = tl.load(part + field, mask=t_mask, other=0.0)
-        part_s1 = tl.load(part + 2 * field, mask=t_mask, other=0.0)
+        part_s0 = tl.load(part + 1, mask=t_mask, other=0.0)
+        part_s1 = tl.load(part + 2, mask=t_mask, other=0.0)
         m_new = tl.maximum(m, part_m)
         d, part_d = m - m_new, part_m - m_new
         scale, part_scale = tl.exp(d), tl.exp(part_d)
         if ARGMAX:
-            index = tl.where(part_m > m, tl.load(part + 6 * field, mask=t_mask, other=0.0), index)
+            index = tl.where(part_m > m, tl.load(part + 6, mask=t_mask, other=0.0), index)
         if VARENTROPY:
-            part_s2 = tl.load(part + 5 * field, mask=t_mask, other=0.0)
+            part_s2 = tl.load(part + 5, mask=t_mask, other=0.0)
             # d is clamped where it is squared, far below where its exponential is 0.
             s2 = scale * (s2 + d * (2.0 * s1 + tl.maximum(d, U_MIN) * s0)) + part_scale * (
                 part_s2 + part_d * (2.0 * part_s1 + tl.maximum(part_d, U_MIN) * part_s0)
             )
         if COLLISION:
-            part_q0 = tl.load(part + 3 * field, mask=t_mask, other=0.0)
-            part_q1 = tl.load(part + 4 * field, mask=t_mask, other=0.0)
+            part_q0 = tl.load(part + 3, mask=t_mask, other=0.0)
+            part_q1 = tl.load(part + 4, mask=t_mask, other=0.0)
             q1 = scale * scale * (q1 + d * q0) + part_scale * part_scale * (part_q1 + part_d * part_q0)
             q0 = scale * scale * q0 + part_scale * part_scale * part_q0
         s1 = scale * (s1 + d * s0) + part_scale * (part_s1 + part_d * part_s0)
         s0 = scale * s0 + part_scale * part_s0
         m = m_new
         part += stride_part_s
-    sums, field = sums_ptr + t, stride_sums_k.to(tl.int64)
+    sums, field = sums_ptr + t, tl.full((), 1, tl.int64) * stride_sums_k
     tl.store(sums, m, mask=t_mask)
     tl.store(sums + 2 * field, s0, mask=t_mask)
     tl.store(sums + 3 * field, s1, mask=t_mask)
@@ -265,9 +273,9 @@ def dlogits_kernel(
         acc, b_ptr, inv_temperature_ptr, t, v, T, V, inv_temperature, softcap,
         HAS_BIAS, HAS_SOFTCAP, ROW_TEMPERATURE,
     )  # fmt: skip
-    # Rows and columns past the end hold the logits of others, whose exponentials might overflow.
+    # Rows and columns past the end hold the logits of others (descriptors: zeros), whose exponentials might overflow.
     u = z - tl.load(shift_ptr + t, mask=t_mask, other=-ROW_FLOOR)[:, None]
-    if v_first + BLOCK_V > V:
+    if not TMA:
         u = tl.where(v_mask[None, :], u, U_MIN)
     if HAS_BIAS:
         u = tl.where(u < U_MIN, U_MIN, u)
@@ -282,8 +290,12 @@ def dlogits_kernel(
             dz += tl.where(v[None, :] == y[:, None], target[:, None], 0.0)
     if HAS_SOFTCAP:
         dz *= 1.0 - capped * capped
-    dz_ptrs = dz_ptr + t.to(tl.int64)[:, None] * stride_dz_t + v[None, :]
-    tl.store(dz_ptrs, dz.to(dz_ptr.dtype.element_ty), mask=t_mask[:, None] & v_mask[None, :])
+    if TMA:
+        dz_ptr.store([t_first, v_first], dz.to(dz_ptr.dtype))
+    else:
+        dz_ptrs = dz_ptr + tl.full((), 1, tl.int64) * t_first * stride_dz_t + v_first
+        dz_ptrs += tl.arange(0, BLOCK_T)[:, None] * stride_dz_t + tl.arange(0, BLOCK_V)[None, :]
+        tl.store(dz_ptrs, dz.to(dz_ptr.dtype.element_ty), mask=t_mask[:, None] & v_mask[None, :])
 
 
 @triton.jit

@@ -32,25 +32,33 @@ class Tile(NamedTuple):
     flatten: bool = False
 
 
-# Products of 16-bit operands. 128 x 256 halves the operand traffic of 128 x 128, and takes all registers.
+class Tiles(NamedTuple):
+    """The two tiles of a kernel: with the plain epilogue, and with one that needs more registers."""
+
+    plain: Tile
+    rich: Tile
+
+
+# Products of 16-bit operands. 128 x 256 halves the operand traffic of 128 x 128, and takes all registers: the epilogue
+# has room for three sums (rich: collision, varentropy, argmax, stored exponentials), for neither bias nor softcap.
 FORWARD_TILES = {
-    80: Tile(128, 128, 32, 8, 4),
-    90: Tile(128, 256, 64, 8, 3, tma=True),
-    100: Tile(128, 256, 64, 8, 3, tma=True),
+    80: Tiles(Tile(128, 128, 32, 8, 4), Tile(128, 128, 32, 8, 4)),
+    90: Tiles(Tile(128, 256, 64, 8, 3, tma=True, flatten=True), Tile(128, 128, 64, 8, 4, tma=True, flatten=True)),
+    100: Tiles(Tile(256, 128, 64, 8, 3, tma=True), Tile(128, 64, 64, 8, 4, tma=True)),
 }
 BACKWARD_TILES = {
-    80: Tile(128, 128, 32, 8, 4),
-    90: Tile(128, 256, 64, 8, 3, tma=True),
-    100: Tile(128, 256, 64, 8, 3, tma=True),
+    80: Tiles(Tile(128, 128, 32, 8, 4), Tile(128, 128, 32, 8, 4)),
+    90: Tiles(Tile(128, 256, 64, 8, 3, tma=True), Tile(128, 128, 64, 8, 4, tma=True)),
+    100: Tiles(Tile(128, 256, 64, 8, 3, tma=True), Tile(128, 128, 64, 8, 4, tma=True)),
 }
-# Products of fp32, or of mixed, operands, on plain cores: exact, and slow. Also where operands have no 16-byte pitch.
+# Products of fp32, or of mixed, operands, on plain cores: exact, and slow. Also of operands without a 16-byte pitch.
 PLAIN_TILE = Tile(64, 128, 32, 8, 3)
 # The interpreter pays for every operation of a tile, whatever its size.
 INTERPRETED_TILE = Tile(64, 128, 64, 8, 3)
 # Row blocks that share a block of columns: with BLOCK_T = 128 and H = 4096, 8 MiB of hidden stay in the L2 cache.
 GROUP = 8
 MERGE_ROWS, MERGE_WARPS = 64, 2
-STORED_TILE = (16, 128, 4)  # rows, columns, warps; the columns divide those of every forward tile
+STORED_TILE = (16, 64, 4)  # rows, columns, warps; the columns divide those of every forward tile
 
 
 @functools.cache
@@ -65,13 +73,43 @@ def sixteen_bit(head: Head) -> bool:
     return head.hidden_TH.dtype == head.weight_VH.dtype and head.hidden_TH.element_size() == 2
 
 
-def tile_of(head: Head, tiles: dict[int, Tile], *, interpreted: bool) -> Tile:
-    """The tile for a head, from its dtypes, its device and the alignment of its weight."""
-    if interpreted:
-        return INTERPRETED_TILE._replace(tma=sixteen_bit(head) and describable(head.weight_VH))
-    if not sixteen_bit(head):
-        return PLAIN_TILE
-    return tiles[capability(head.hidden_TH.device.index)]
+def _bent(head: Head) -> bool:
+    """Something happens to a logit besides its temperature."""
+    return head.bias_V is not None or head.options.softcap is not None
+
+
+def forward_tile(head: Head, *, store: bool) -> Tile:
+    """The tile of K1, from dtypes, device and what is asked for; never from the number of rows."""
+    options = head.options
+    rich = store or options.collision or options.varentropy or options.argmax or _bent(head)
+    return _tile_of(head, FORWARD_TILES, rich=rich)
+
+
+def backward_tile(head: Head) -> Tile:
+    """The tile of K3."""
+    return _tile_of(head, BACKWARD_TILES, rich=_bent(head))
+
+
+def _tile_of(head: Head, tiles: dict[int, Tiles], *, rich: bool) -> Tile:
+    fast = sixteen_bit(head) and aligned(head)
+    if triton.knobs.runtime.interpret:
+        return INTERPRETED_TILE._replace(tma=fast)
+    return tiles[capability(head.hidden_TH.device.index)][rich] if fast else PLAIN_TILE
+
+
+def aligned(head: Head) -> bool:
+    """Whether 16-byte copies and descriptors can read the operands: the weight as it is, hidden at least as a copy.
+
+    Decided by the weight and H alone, since hidden has other strides in every batch.
+    """
+    return describable(head.weight_VH) and head.H * head.weight_VH.element_size() % 16 == 0
+
+
+def readable(head: Head) -> Head:
+    """The head with hidden rows that a descriptor can hold, copied where their strides are odd and the weight's not."""
+    if not sixteen_bit(head) or not aligned(head) or describable(head.hidden_TH):
+        return head
+    return head._replace(hidden_TH=head.hidden_TH.clone(memory_format=torch.contiguous_format))
 
 
 def describable(matrix: Tensor) -> bool:
@@ -90,12 +128,19 @@ def upcast(head: Head) -> bool:
 
 def operands(head: Head, tile: Tile) -> tuple[Any, Any, bool]:
     """Hidden and weight as the kernel takes them, and whether those are descriptors; the arithmetic is the same."""
-    matrices = head.hidden_TH, head.weight_VH
-    if not tile.tma or upcast(head) or not all(describable(matrix) for matrix in matrices):
-        return *matrices, False
-    rows = tile.BLOCK_T, tile.BLOCK_V
-    x, w = (TensorDescriptor.from_tensor(m, [n, tile.BLOCK_H]) for m, n in zip(matrices, rows, strict=True))
+    if not tile.tma or upcast(head):
+        return head.hidden_TH, head.weight_VH, False
+    pairs = (head.hidden_TH, tile.BLOCK_T), (head.weight_VH, tile.BLOCK_V)
+    x, w = (TensorDescriptor.from_tensor(matrix, [rows, tile.BLOCK_H]) for matrix, rows in pairs)
     return x, w, True
+
+
+def target_of(matrix: Tensor, columns: int, tile: Tile, *, tma: bool) -> Any:
+    """Where a kernel stores a tile: a matrix, or a descriptor that holds its rows and `columns` columns and no more."""
+    if not tma:
+        return matrix
+    shape, strides = [matrix.shape[0], columns], [matrix.stride(0), 1]
+    return TensorDescriptor(matrix, shape, strides, [tile.BLOCK_T, tile.BLOCK_V])
 
 
 def product_constants(head: Head, tile: Tile, *, tma: bool) -> dict[str, Any]:

@@ -8,7 +8,7 @@ follow are cuBLAS's, with fp32 results: the hidden gradient accumulates in fp32 
 splits loses two bits), the weight gradient of a split is finished before the next begins.
 
 Operations: 2 T V H forward; backward 2 T V H each for the logits, the hidden and the weight gradient. Bytes, T = 16384,
-V = 151936, H = 2560 in bf16, tiles of 128 x 256: partial sums 12 T V / 256 = 117 MB written and read once (28 T V / 256
+V = 151936, H = 2560 in bf16, tiles of 128 x 256: partial sums 16 T V / 256 = 156 MB written and read once (twice that
 with every statistic), dz 2 T V = 5.0 GB written and read twice, against 30 T V for eager statistics. The intensity of
 the product is that of its tile, 85 operations a byte from the L2 cache; HBM sees hidden and weight about once (GROUP).
 
@@ -40,39 +40,38 @@ from entrocraft.kernels.row_stats import RowCoefficients, neutral_sums
 FP16_SIZE = 2.0**13
 # The least dz buffer, and what its sides are multiples of; every tile's sides divide these.
 LEAST_T, LEAST_V = 128, 256
-# Fields of a partial sum: maximum, s0, s1, q0, q1, s2, argmax.
-PARTS = 7
+# Fields of a partial sum: maximum, s0, s1, then q0, q1, s2, argmax where one of them is asked for. Beside each other,
+# so that a store needs one address and not one a field; a row's share is then a sector of 16 or 32 bytes.
+FEW_FIELDS, ALL_FIELDS = 4, 8
 # Rows of every library product of the hidden gradient when a row's bits may not depend on how many rows there are.
 INVARIANT_ROWS = 1024
 
 
-def _interpreted() -> bool:
-    return bool(triton.knobs.runtime.interpret)
-
-
 def tile_columns(head: Head) -> int:
     """Columns of a tile of stored exponentials: those of a forward tile."""
-    return launch.tile_of(head, launch.FORWARD_TILES, interpreted=_interpreted()).BLOCK_V
+    return launch.forward_tile(head, store=True).BLOCK_V
 
 
 def statistics(head: Head, exponentials: Exponentials | None = None) -> Tensor:
     """Sums [8, T] of every row, see `row_stats.py`; fills `exponentials`, where given, for the rows it covers."""
-    tile = launch.tile_of(head, launch.FORWARD_TILES, interpreted=_interpreted())
+    head = launch.readable(head)
+    tile = launch.forward_tile(head, store=exponentials is not None)
     sums_KT = neutral_sums(head.T, like=head.hidden_TH, dtype=torch.float32)
     # A target that no column answers to, being outside the vocabulary, must be seen.
     sums_KT[row_stats.TARGET] = torch.nan
     tiles = triton.cdiv(head.V, tile.BLOCK_V)
-    per_row = 4 * PARTS * tiles
+    fields = ALL_FIELDS if head.options.collision or head.options.varentropy or head.options.argmax else FEW_FIELDS
+    per_row = 4 * fields * tiles
     rows = max(tile.BLOCK_T, head.options.buffer_bytes // per_row // tile.BLOCK_T * tile.BLOCK_T)
-    part_KST = head.hidden_TH.new_empty((PARTS, tiles, min(rows, head.T)), dtype=torch.float32)
+    part_STK = head.hidden_TH.new_empty((tiles, min(rows, head.T), fields), dtype=torch.float32)
     for start in range(0, head.T, rows):
         t = slice(start, min(start + rows, head.T))
         stored = _part(exponentials, t)
-        _launch_stats(head.rows(t), tile, part_KST, sums_KT[row_stats.TARGET, t], stored)
+        _launch_stats(head.rows(t), tile, part_STK, sums_KT[row_stats.TARGET, t], stored)
         merge_kernel[(triton.cdiv(t.stop - t.start, launch.MERGE_ROWS),)](
-            part_KST, sums_KT[:, t], t.stop - t.start, tiles, part_KST.stride(0), part_KST.stride(1), sums_KT.stride(0),
+            part_STK, sums_KT[:, t], t.stop - t.start, tiles, part_STK.stride(0), sums_KT.stride(0),
             COLLISION=head.options.collision, VARENTROPY=head.options.varentropy, ARGMAX=head.options.argmax,
-            BLOCK_T=launch.MERGE_ROWS, num_warps=launch.MERGE_WARPS,
+            FIELDS=fields, BLOCK_T=launch.MERGE_ROWS, num_warps=launch.MERGE_WARPS,
         )  # fmt: skip
     return sums_KT
 
@@ -87,25 +86,28 @@ def _part(exponentials: Exponentials | None, t: slice) -> Exponentials | None:
 
 
 def _launch_stats(
-    head: Head, tile: launch.Tile, part_KST: Tensor, target_T: Tensor, stored: Exponentials | None
+    head: Head, tile: launch.Tile, part_STK: Tensor, target_T: Tensor, stored: Exponentials | None
 ) -> None:
     x, w, tma = launch.operands(head, tile)
-    value_NV, shift_NS = (None, None) if stored is None else (stored.value_NV, stored.shift_NS)
+    value_NV = shift_NS = None
+    if stored is not None:
+        value_NV, shift_NS = launch.target_of(stored.value_NV, head.V, tile, tma=tma), stored.shift_NS
     temperature_T = head.inv_temperature if isinstance(head.inv_temperature, Tensor) else None
     options = head.options
     tiles = triton.cdiv(head.T, tile.BLOCK_T) * triton.cdiv(head.V, tile.BLOCK_V)
     programs = launch.programs(head.hidden_TH.device, tiles)
     stats_kernel[(programs,)](
         # operands and pointers
-        x, w, head.bias_V, head.target_T, temperature_T, part_KST, target_T, value_NV, shift_NS,
+        x, w, head.bias_V, head.target_T, temperature_T, part_STK, target_T, value_NV, shift_NS,
         # sizes
         head.T, head.V, head.H, 0 if stored is None else stored.rows, programs,
         # strides
-        *head.hidden_TH.stride(), *head.weight_VH.stride(), part_KST.stride(0), part_KST.stride(1),
-        0 if value_NV is None else value_NV.stride(0), 0 if shift_NS is None else shift_NS.stride(0),
+        *head.hidden_TH.stride(), *head.weight_VH.stride(), part_STK.stride(0),
+        *((0, 0) if stored is None else (stored.value_NV.stride(0), stored.shift_NS.stride(0))),
         # constants
         HAS_BIAS=head.bias_V is not None,
-        COLLISION=options.collision, VARENTROPY=options.varentropy, ARGMAX=options.argmax, STORE=stored is not None,
+        COLLISION=options.collision, VARENTROPY=options.varentropy, ARGMAX=options.argmax,
+        STORE=stored is not None, FIELDS=part_STK.shape[2],
         FLATTEN=tile.flatten, **launch.logits_constants(head), **launch.product_constants(head, tile, tma=tma),
     )  # fmt: skip
 
@@ -198,6 +200,7 @@ class _LogitGradients:
 def gradients(head: Head, rows: RowCoefficients, sinks: Sinks, exponentials: Exponentials | None = None) -> None:
     """Put the gradients of hidden, weight and bias into `sinks`; stored exponentials stay as they are."""
     dz_dtype = head.hidden_TH.dtype if head.hidden_TH.dtype == head.weight_VH.dtype else torch.float32
+    head = launch.readable(head)
     rows, scale = _scaled(rows, dz_dtype)
     tiles = _LogitGradients(head, rows, exponentials, dz_dtype)
     # With a scale the sum must not begin with what the sink holds.
@@ -223,14 +226,14 @@ def gradients(head: Head, rows: RowCoefficients, sinks: Sinks, exponentials: Exp
 
 
 def _launch_dlogits(head: Head, v: slice, rows: RowCoefficients, dz_NM: Tensor) -> None:
-    tile = launch.tile_of(head, launch.BACKWARD_TILES, interpreted=_interpreted())
+    tile = launch.backward_tile(head)
     head = head._replace(weight_VH=head.weight_VH[v], bias_V=None if head.bias_V is None else head.bias_V[v])
     x, w, tma = launch.operands(head, tile)
     temperature_T = head.inv_temperature if isinstance(head.inv_temperature, Tensor) else None
     dlogits_kernel[(triton.cdiv(head.T, tile.BLOCK_T) * triton.cdiv(head.V, tile.BLOCK_V),)](
         # operands and pointers
         x, w, head.bias_V, head.target_T, temperature_T,
-        rows.shift_T, rows.offset_T, rows.slope_T, rows.target_T, dz_NM,
+        rows.shift_T, rows.offset_T, rows.slope_T, rows.target_T, launch.target_of(dz_NM, head.V, tile, tma=tma),
         # sizes
         head.T, head.V, head.H,
         # strides
