@@ -250,52 +250,54 @@ def dlogits_kernel(
     # pointers
     b_ptr, y_ptr, inv_temperature_ptr, shift_ptr, offset_ptr, slope_ptr, target_ptr, dz_ptr,
     # sizes
-    T, V, H,
+    T, V, H, programs,
     # strides
     stride_x_t, stride_x_h, stride_w_v, stride_w_h, stride_dz_t,
     # constants
     column, inv_temperature, softcap,
     HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, ROW_TEMPERATURE: tl.constexpr,
     HAS_SLOPE: tl.constexpr, HAS_TARGET: tl.constexpr,
-    TMA: tl.constexpr, UPCAST: tl.constexpr, EVEN_H: tl.constexpr,
+    TMA: tl.constexpr, UPCAST: tl.constexpr, EVEN_H: tl.constexpr, FLATTEN: tl.constexpr,
     GROUP: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_H: tl.constexpr,
 ):  # fmt: skip
     """K3: dz of a block of rows, for V columns of the vocabulary from `column` on, from recomputed logits."""
-    t_first, v_first = _place(tl.program_id(0), T, V, GROUP, BLOCK_T, BLOCK_V)
-    acc = _product(
-        x, w, t_first, v_first, T, V, H, stride_x_t, stride_x_h, stride_w_v, stride_w_h,
-        TMA, UPCAST, EVEN_H, BLOCK_T, BLOCK_V, BLOCK_H,
-    )  # fmt: skip
-    t = t_first + tl.arange(0, BLOCK_T)
-    v = v_first + tl.arange(0, BLOCK_V)
-    t_mask, v_mask = t < T, v < V
-    z, capped = _logits(
-        acc, b_ptr, inv_temperature_ptr, t, v, T, V, inv_temperature, softcap,
-        HAS_BIAS, HAS_SOFTCAP, ROW_TEMPERATURE,
-    )  # fmt: skip
-    # Rows and columns past the end hold the logits of others (descriptors: zeros), whose exponentials might overflow.
-    u = z - tl.load(shift_ptr + t, mask=t_mask, other=-ROW_FLOOR)[:, None]
-    if not TMA:
-        u = tl.where(v_mask[None, :], u, U_MIN)
-    if HAS_BIAS:
-        u = tl.where(u < U_MIN, U_MIN, u)
-    factor = tl.load(offset_ptr + t, mask=t_mask, other=0.0)[:, None]
-    if HAS_SLOPE:
-        factor += tl.load(slope_ptr + t, mask=t_mask, other=0.0)[:, None] * u
-    dz = -tl.exp(u) * factor
-    if HAS_TARGET:
-        y = tl.load(y_ptr + t, mask=t_mask, other=-1) - column
-        target = tl.load(target_ptr + t, mask=t_mask, other=0.0)
-        if tl.max(((y >= v_first) & (y < v_first + BLOCK_V)).to(tl.int32), axis=0) > 0:
-            dz += tl.where(v[None, :] == y[:, None], target[:, None], 0.0)
-    if HAS_SOFTCAP:
-        dz *= 1.0 - capped * capped
-    if TMA:
-        dz_ptr.store([t_first, v_first], dz.to(dz_ptr.dtype))
-    else:
-        dz_ptrs = dz_ptr + tl.full((), 1, tl.int64) * t_first * stride_dz_t + v_first
-        dz_ptrs += tl.arange(0, BLOCK_T)[:, None] * stride_dz_t + tl.arange(0, BLOCK_V)[None, :]
-        tl.store(dz_ptrs, dz.to(dz_ptr.dtype.element_ty), mask=t_mask[:, None] & v_mask[None, :])
+    tiles = tl.cdiv(T, BLOCK_T) * tl.cdiv(V, BLOCK_V)
+    for tile in tl.range(tl.program_id(0), tiles, programs, flatten=FLATTEN):
+        t_first, v_first = _place(tile, T, V, GROUP, BLOCK_T, BLOCK_V)
+        acc = _product(
+            x, w, t_first, v_first, T, V, H, stride_x_t, stride_x_h, stride_w_v, stride_w_h,
+            TMA, UPCAST, EVEN_H, BLOCK_T, BLOCK_V, BLOCK_H,
+        )  # fmt: skip
+        t = t_first + tl.arange(0, BLOCK_T)
+        v = v_first + tl.arange(0, BLOCK_V)
+        t_mask, v_mask = t < T, v < V
+        z, capped = _logits(
+            acc, b_ptr, inv_temperature_ptr, t, v, T, V, inv_temperature, softcap,
+            HAS_BIAS, HAS_SOFTCAP, ROW_TEMPERATURE,
+        )  # fmt: skip
+        # Rows and columns past the end hold logits of others (descriptors: zeros), whose exponentials might overflow.
+        u = z - tl.load(shift_ptr + t, mask=t_mask, other=-ROW_FLOOR)[:, None]
+        if not TMA:
+            u = tl.where(v_mask[None, :], u, U_MIN)
+        if HAS_BIAS:
+            u = tl.where(u < U_MIN, U_MIN, u)
+        factor = tl.load(offset_ptr + t, mask=t_mask, other=0.0)[:, None]
+        if HAS_SLOPE:
+            factor += tl.load(slope_ptr + t, mask=t_mask, other=0.0)[:, None] * u
+        dz = -tl.exp(u) * factor
+        if HAS_TARGET:
+            y = tl.load(y_ptr + t, mask=t_mask, other=-1) - column
+            target = tl.load(target_ptr + t, mask=t_mask, other=0.0)
+            if tl.max(((y >= v_first) & (y < v_first + BLOCK_V)).to(tl.int32), axis=0) > 0:
+                dz += tl.where(v[None, :] == y[:, None], target[:, None], 0.0)
+        if HAS_SOFTCAP:
+            dz *= 1.0 - capped * capped
+        if TMA:
+            dz_ptr.store([t_first, v_first], dz.to(dz_ptr.dtype))
+        else:
+            dz_ptrs = dz_ptr + tl.full((), 1, tl.int64) * t_first * stride_dz_t + v_first
+            dz_ptrs += tl.arange(0, BLOCK_T)[:, None] * stride_dz_t + tl.arange(0, BLOCK_V)[None, :]
+            tl.store(dz_ptrs, dz.to(dz_ptr.dtype.element_ty), mask=t_mask[:, None] & v_mask[None, :])
 
 
 @triton.jit

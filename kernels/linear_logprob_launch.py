@@ -149,6 +149,7 @@ def product_constants(head: Head, tile: Tile, *, tma: bool) -> dict[str, Any]:
         "TMA": tma,
         "UPCAST": upcast(head),
         "EVEN_H": head.H % tile.BLOCK_H == 0,
+        "FLATTEN": tile.flatten,
         "GROUP": GROUP,
         "BLOCK_T": tile.BLOCK_T,
         "BLOCK_V": tile.BLOCK_V,
@@ -172,8 +173,9 @@ def logits_constants(head: Head) -> dict[str, Any]:
     }
 
 
-def programs(device: torch.device, tiles: int) -> int:
-    """Persistent programs: one a multiprocessor."""
-    if device.type != "cuda":
+def programs(head: Head, tile: Tile) -> int:
+    """Persistent programs: one a multiprocessor, no more than there are tiles."""
+    tiles = triton.cdiv(head.T, tile.BLOCK_T) * triton.cdiv(head.V, tile.BLOCK_V)
+    if not head.hidden_TH.is_cuda:
         return 1
-    return min(tiles, torch.cuda.get_device_properties(device).multi_processor_count)
+    return min(tiles, torch.cuda.get_device_properties(head.hidden_TH.device).multi_processor_count)

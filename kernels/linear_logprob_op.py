@@ -7,6 +7,8 @@ group travels by its name.
 
 from __future__ import annotations
 
+import functools
+import json
 from typing import Any
 
 import torch
@@ -19,40 +21,44 @@ from entrocraft.kernels.head_passes import Kept, Setting, Upstream, backend_of, 
 from entrocraft.kernels.row_stats import RowValues
 from entrocraft.kernels.vocab_parallel import Shard
 
-# The scalars of a call, in the order of the operators' schema.
-SCALARS = (
-    "float inv_temperature, float? softcap, int? ignore_index, bool collision, bool varentropy, bool argmax, "
-    "int buffer_bytes, bool batch_invariant, str mode, int stored_rows, bool entropy_gradient, int vocab_start, "
-    "int? columns, str? group"
-)
 OPERANDS = "Tensor hidden, Tensor weight, Tensor? bias, Tensor target, Tensor? inv_temperature_T"
+# The arguments of a call that are no tensors travel as one string: autograd looks at every argument of a schema in time
+# that grows with the square of their number, a third of a millisecond for twenty.
+SCALARS = "float inv_temperature, str setting"
 VALUES = len(RowValues._fields)
 OUTPUTS = VALUES + len(Kept._fields)
 
 
-def packed_scalars(inv_temperature: float | Tensor, setting: Setting) -> tuple[Any, ...]:
-    """The arguments that SCALARS names."""
-    number = 1.0 if isinstance(inv_temperature, Tensor) else inv_temperature
-    options, shard = setting.options, setting.shard
+@functools.lru_cache(maxsize=256)
+def _encoded(setting: Setting) -> str:
+    shard = setting.shard
     group = None if shard.group is None else shard.group.group_name
-    return (
-        number, options.softcap, setting.ignore_index, options.collision, options.varentropy, options.argmax,
-        options.buffer_bytes, options.batch_invariant, setting.mode, setting.stored_rows, setting.entropy_gradient,
-        shard.vocab_start, shard.columns, group,
-    )  # fmt: skip
+    return json.dumps(
+        setting._replace(shard=Shard(None, shard.vocab_start, shard.columns))._asdict() | {"group": group}
+    )
 
 
-def _unpacked(operands: tuple[Any, ...], scalars: tuple[Any, ...]) -> tuple[Head, Setting]:
-    """The reverse of `packed_scalars`, with the operands."""
+@functools.lru_cache(maxsize=256)
+def _decoded(text: str) -> tuple[Setting, str | None]:
+    fields = json.loads(text)
+    name = fields.pop("group")
+    fields["options"], fields["shard"] = HeadOptions(*fields["options"]), Shard(*fields["shard"])
+    return Setting(**fields), name
+
+
+def packed_scalars(inv_temperature: float | Tensor, setting: Setting) -> tuple[float, str]:
+    """The arguments that SCALARS names."""
+    return 1.0 if isinstance(inv_temperature, Tensor) else inv_temperature, _encoded(setting)
+
+
+def _unpacked(operands: tuple[Any, ...], scalars: tuple[float, str], *, fake: bool = False) -> tuple[Head, Setting]:
+    """The reverse of `packed_scalars`, with the operands; a fake call communicates with nobody, and has no group."""
     hidden_TH, weight_VH, bias_V, target_T, inv_temperature_T = operands
-    number, softcap, ignore_index, *flags = scalars
-    collision, varentropy, argmax, buffer_bytes, batch_invariant, *rest = flags
-    mode, stored_rows, entropy_gradient, vocab_start, columns, name = rest
-    options = HeadOptions(softcap, collision, varentropy, argmax, buffer_bytes, batch_invariant)
-    inv_temperature = number if inv_temperature_T is None else inv_temperature_T
-    shard = Shard(None if name is None else _group_of(name), vocab_start, columns)
-    head = Head(hidden_TH, weight_VH, bias_V, target_T, inv_temperature, options)
-    return head, Setting(options, ignore_index, mode, stored_rows, entropy_gradient, shard)
+    setting, name = _decoded(scalars[1])
+    if name is not None and not fake:
+        setting = setting._replace(shard=setting.shard._replace(group=_group_of(name)))
+    inv_temperature = scalars[0] if inv_temperature_T is None else inv_temperature_T
+    return Head(hidden_TH, weight_VH, bias_V, target_T, inv_temperature, setting.options), setting
 
 
 def _group_of(name: str) -> ProcessGroup:
@@ -83,7 +89,7 @@ def forward(*arguments):
 
 @torch.library.register_fake("entrocraft::linear_logprob", lib=_library)
 def _fake_forward(*arguments):
-    head, setting = _unpacked(arguments[:5], (*arguments[7:-1], None))
+    head, setting = _unpacked(arguments[:5], arguments[7:], fake=True)
     new = head.hidden_TH.new_empty
     values = [new(head.T, dtype=torch.int64 if name == "argmax_T" else head.dtype) for name in RowValues._fields]
     kept = Kept(*(new(0) for _ in Kept._fields))

@@ -94,8 +94,7 @@ def _launch_stats(
         value_NV, shift_NS = launch.target_of(stored.value_NV, head.V, tile, tma=tma), stored.shift_NS
     temperature_T = head.inv_temperature if isinstance(head.inv_temperature, Tensor) else None
     options = head.options
-    tiles = triton.cdiv(head.T, tile.BLOCK_T) * triton.cdiv(head.V, tile.BLOCK_V)
-    programs = launch.programs(head.hidden_TH.device, tiles)
+    programs = launch.programs(head, tile)
     stats_kernel[(programs,)](
         # operands and pointers
         x, w, head.bias_V, head.target_T, temperature_T, part_STK, target_T, value_NV, shift_NS,
@@ -108,7 +107,7 @@ def _launch_stats(
         HAS_BIAS=head.bias_V is not None,
         COLLISION=options.collision, VARENTROPY=options.varentropy, ARGMAX=options.argmax,
         STORE=stored is not None, FIELDS=part_STK.shape[2],
-        FLATTEN=tile.flatten, **launch.logits_constants(head), **launch.product_constants(head, tile, tma=tma),
+        **launch.logits_constants(head), **launch.product_constants(head, tile, tma=tma),
     )  # fmt: skip
 
 
@@ -230,12 +229,13 @@ def _launch_dlogits(head: Head, v: slice, rows: RowCoefficients, dz_NM: Tensor) 
     head = head._replace(weight_VH=head.weight_VH[v], bias_V=None if head.bias_V is None else head.bias_V[v])
     x, w, tma = launch.operands(head, tile)
     temperature_T = head.inv_temperature if isinstance(head.inv_temperature, Tensor) else None
-    dlogits_kernel[(triton.cdiv(head.T, tile.BLOCK_T) * triton.cdiv(head.V, tile.BLOCK_V),)](
+    programs = launch.programs(head, tile)
+    dlogits_kernel[(programs,)](
         # operands and pointers
         x, w, head.bias_V, head.target_T, temperature_T,
         rows.shift_T, rows.offset_T, rows.slope_T, rows.target_T, launch.target_of(dz_NM, head.V, tile, tma=tma),
         # sizes
-        head.T, head.V, head.H,
+        head.T, head.V, head.H, programs,
         # strides
         *head.hidden_TH.stride(), *head.weight_VH.stride(), dz_NM.stride(0),
         # constants
