@@ -229,13 +229,19 @@ def _frozen_backward(
         if grad_T is not None:
             basis_NH = basis_TH if index is None else basis_TH[index]
             out_NH.addcmul_(basis_NH.to(out_NH.dtype), grad_T[:, None].to(out_NH.dtype))
-    if lse_T is not None and head.V:
-        inside_T = (head.target_T >= 0) & (head.target_T < head.V)
-        scale_T = torch.where(inside_T, lse_T, 0.0) * head.inv_temperature
-        if head.options.softcap is not None:
-            tanh_T = (rows.u_T + rows.shift_T) / (head.options.softcap * head.inv_temperature)
-            scale_T = scale_T * (1.0 - tanh_T * tanh_T)
-        picked_NH = head.weight_VH[torch.where(inside_T, head.target_T, 0)].to(out_NH.dtype)
-        part_NH = picked_NH.mul_(scale_T[:, None].to(out_NH.dtype))
-        out_NH += summed_over(part_NH, setting.shard)
+    if lse_T is not None:
+        out_NH += summed_over(_target_gradient(head, lse_T, rows), setting.shard)
     _add_rows(sinks.hidden_NH, index, out_NH)
+
+
+def _target_gradient(head: Head, grad_T: Tensor, rows: RowCoefficients) -> Tensor:
+    """grad_T * d z_y / d hidden, [T, H]; zeros where the target is on another rank."""
+    if not head.V:  # a rank without columns still takes part in the sum that follows
+        return grad_T.new_zeros((head.T, head.H), dtype=head.dtype)
+    inside_T = (head.target_T >= 0) & (head.target_T < head.V)
+    scale_T = torch.where(inside_T, grad_T, 0.0) * head.inv_temperature
+    if head.options.softcap is not None:
+        tanh_T = (rows.u_T + rows.shift_T) / (head.options.softcap * head.inv_temperature)
+        scale_T = scale_T * (1.0 - tanh_T * tanh_T)
+    picked_NH = head.weight_VH[torch.where(inside_T, head.target_T, 0)].to(head.dtype)
+    return picked_NH.mul_(scale_T[:, None].to(head.dtype))
