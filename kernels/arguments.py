@@ -86,8 +86,8 @@ def check_target(target_T: Tensor, *, like: Tensor, V: int | None, ignore_index:
             f"target_T is {target_T.dtype} {tuple(target_T.shape)} on {target_T.device}; expected int64 ({T},) on "
             f"{like.device}: one token id for each of the T rows"
         )
-    if target_T.device.type != "cpu" and not validate:
-        return
+    if torch.compiler.is_compiling() or (target_T.device.type != "cpu" and not validate):
+        return  # a graph has no place for a decision on values
     outside_T = target_T < 0
     if V is not None:
         outside_T |= target_T >= V
@@ -130,6 +130,8 @@ def checked_inverse_temperature(
         )
     if temperature.requires_grad:
         raise ValueError("temperature requires a gradient, which this op does not compute: pass temperature.detach()")
+    if torch.compiler.is_compiling():
+        return 1.0 / temperature.to(dtype)
     wrong_T = ~((temperature > 0) & (temperature < math.inf))
     if temperature.device.type == "cpu":
         if wrong_T.any():

@@ -104,8 +104,7 @@ def run_forward(head: Head, setting: Setting) -> tuple[RowValues, Kept]:
     """Values of all T rows, and what the backward of this mode will need."""
     index = rows_with_target(head.target_T, setting.ignore_index)
     live = local_head(head.rows(index), setting.shard)
-    nothing = head.hidden_TH.new_empty(0)
-    kept = Kept(nothing, nothing, nothing, nothing)
+    kept = Kept(*(head.hidden_TH.new_empty(0) for _ in Kept._fields))  # an operator's outputs may not be one tensor
     if setting.mode == "frozen":
         sums_KN, *bases = _frozen_forward(live, setting)
         kept = kept._replace(logprob_basis_TH=bases[0], entropy_basis_TH=bases[1])

@@ -133,7 +133,8 @@ def linear_logprob_entropy(
         batch_invariant: the statistics of a row, and its hidden gradient, do not depend on the other rows, to the last
             bit (fp16 gradients on a GPU excepted, whose scale is the batch's); slower on a CPU.
         validate: on a GPU, check target ids (and temperatures) by a device-side assertion; nothing waits for it. On a
-            CPU both are always checked. Without it, an id outside the vocabulary gives a NaN log-probability.
+            CPU both are always checked, but in a compiled graph neither. Without it, an id outside the vocabulary
+            gives a NaN log-probability.
         buffer_bytes: bound on the transient buffers, in bytes; see below.
 
     Returns:

@@ -7,8 +7,8 @@ group travels by its name.
 
 from __future__ import annotations
 
+import ast
 import functools
-import json
 from typing import Any
 
 import torch
@@ -24,38 +24,39 @@ from entrocraft.kernels.vocab_parallel import Shard
 OPERANDS = "Tensor hidden, Tensor weight, Tensor? bias, Tensor target, Tensor? inv_temperature_T"
 # The arguments of a call that are no tensors travel as one string: autograd looks at every argument of a schema in time
 # that grows with the square of their number, a third of a millisecond for twenty.
-SCALARS = "float inv_temperature, str setting"
+SCALARS = "float inv_temperature, SymInt stored_rows, str setting"
 VALUES = len(RowValues._fields)
 OUTPUTS = VALUES + len(Kept._fields)
 
 
-@functools.lru_cache(maxsize=256)
-def _encoded(setting: Setting) -> str:
-    shard = setting.shard
-    group = None if shard.group is None else shard.group.group_name
-    return json.dumps(
-        setting._replace(shard=Shard(None, shard.vocab_start, shard.columns))._asdict() | {"group": group}
-    )
+def packed_scalars(inv_temperature: float | Tensor, setting: Setting) -> tuple[float, int, str]:
+    """The arguments that SCALARS names; written so that torch.compile can follow."""
+    number = 1.0 if isinstance(inv_temperature, Tensor) else inv_temperature
+    options, shard = setting.options, setting.shard
+    group = "" if shard.group is None else shard.group.group_name
+    fields = (
+        options.softcap, options.collision, options.varentropy, options.argmax, options.buffer_bytes,
+        options.batch_invariant, setting.ignore_index, setting.entropy_gradient, shard.vocab_start, shard.columns,
+    )  # fmt: skip
+    return number, setting.stored_rows, f"{', '.join([str(field) for field in fields])}, '{setting.mode}', '{group}'"
 
 
 @functools.lru_cache(maxsize=256)
-def _decoded(text: str) -> tuple[Setting, str | None]:
-    fields = json.loads(text)
-    name = fields.pop("group")
-    fields["options"], fields["shard"] = HeadOptions(*fields["options"]), Shard(*fields["shard"])
-    return Setting(**fields), name
+def _setting(stored_rows: int, text: str) -> tuple[Setting, str]:
+    """The reverse of the above, and the name of the group."""
+    *fields, mode, name = ast.literal_eval(text)
+    ignore_index, entropy_gradient, vocab_start, columns = fields[6:]
+    shard = Shard(None, vocab_start, columns)
+    return Setting(HeadOptions(*fields[:6]), ignore_index, mode, stored_rows, entropy_gradient, shard), name
 
 
-def packed_scalars(inv_temperature: float | Tensor, setting: Setting) -> tuple[float, str]:
-    """The arguments that SCALARS names."""
-    return 1.0 if isinstance(inv_temperature, Tensor) else inv_temperature, _encoded(setting)
-
-
-def _unpacked(operands: tuple[Any, ...], scalars: tuple[float, str], *, fake: bool = False) -> tuple[Head, Setting]:
+def _unpacked(
+    operands: tuple[Any, ...], scalars: tuple[float, int, str], *, fake: bool = False
+) -> tuple[Head, Setting]:
     """The reverse of `packed_scalars`, with the operands; a fake call communicates with nobody, and has no group."""
     hidden_TH, weight_VH, bias_V, target_T, inv_temperature_T = operands
-    setting, name = _decoded(scalars[1])
-    if name is not None and not fake:
+    setting, name = _setting.__wrapped__(*scalars[1:]) if fake else _setting(*scalars[1:])
+    if name and not fake:
         setting = setting._replace(shard=setting.shard._replace(group=_group_of(name)))
     inv_temperature = scalars[0] if inv_temperature_T is None else inv_temperature_T
     return Head(hidden_TH, weight_VH, bias_V, target_T, inv_temperature, setting.options), setting
@@ -164,11 +165,8 @@ def _setup_context(ctx, inputs, output) -> None:
 
 def _link(ctx, *grads):
     """The backward of entrocraft::linear_logprob."""
-    operands, (logprob_T, entropy_T, shift_T, log_s0_T), kept = (
-        ctx.saved_tensors[:5],
-        ctx.saved_tensors[5:9],
-        ctx.saved_tensors[9:],
-    )
+    saved = ctx.saved_tensors  # once: checkpointing gives them once
+    operands, (logprob_T, entropy_T, shift_T, log_s0_T), kept = saved[:5], saved[5:9], saved[9:]
     upstream = Upstream(*grads[:3])
     needs = tuple(ctx.needs_input_grad[:3])
     none = (None,) * (len(ctx.scalars) + len(operands) - 3 + 2)

@@ -24,6 +24,8 @@ import functools
 import logging
 from typing import NamedTuple
 
+import torch
+
 MODES = ("auto", "statistics", "recompute", "cache", "frozen")
 _log = logging.getLogger("entrocraft.kernels")
 
@@ -44,7 +46,6 @@ class HeadPlan(NamedTuple):
         return f"{self.mode}: {self.products:.3g} products, keeps {self.kept_bytes / 2**20:.1f} MiB{rows}"
 
 
-@functools.lru_cache(maxsize=256)
 def plan_head(
     T: int,
     H: int,
@@ -57,7 +58,7 @@ def plan_head(
     bytes_per_row: int,
     element_bytes: int = 4,
 ) -> HeadPlan:
-    """The plan for T rows of hidden size H, by the rule at the top of this file; logged once per set of arguments.
+    """The plan for T rows of hidden size H, by the rule at the top of this file; logged once for each size.
 
     Args:
         mode: one of MODES; anything but "auto" is taken at its word.
@@ -93,8 +94,14 @@ def plan_head(
         plan = HeadPlan("cache", rows, rows * bytes_per_row, _recomputed(needs_hidden, needs_weight) - rows / max(T, 1))
     else:
         plan = HeadPlan("recompute", 0, 0, _recomputed(needs_hidden, needs_weight))
-    _log.info("head of %d rows, hidden size %d: %s", T, H, plan)
+    if not torch.compiler.is_compiling():
+        _say(T, H, plan)
     return plan
+
+
+@functools.lru_cache(maxsize=256)
+def _say(T: int, H: int, plan: HeadPlan) -> None:
+    _log.info("head of %d rows, hidden size %d: %s", T, H, plan)
 
 
 def _recomputed(needs_hidden: bool, needs_weight: bool) -> int:
