@@ -15,7 +15,7 @@ from entrocraft.registry import lookup
 from entrocraft.rollouts import check_packing
 
 # exp(20) is finite in fp32 with room for a product; ratios that far off carry no information anyway.
-_LOG_RATIO_LIMIT = 20.0
+LOG_RATIO_LIMIT = 20.0
 
 # Aggregations whose denominator depends on what is kept: changes predicted with everything kept do not add up there.
 KEPT_DENOMINATORS = ("kept_tokens", "eq5")
@@ -81,7 +81,7 @@ class PPOClip:
         with torch.no_grad():
             ratio_T = self._ratio(logprob_T, old_logprob_T, advantage_T)
             log_ratio_T = logprob_T - old_logprob_T
-            under_T, over_T = log_ratio_T < -_LOG_RATIO_LIMIT, log_ratio_T > _LOG_RATIO_LIMIT
+            under_T, over_T = log_ratio_T < -LOG_RATIO_LIMIT, log_ratio_T > LOG_RATIO_LIMIT
             limit = math.inf if self.dual_clip is None else self.dual_clip
             positive_T, negative_T = advantage_T > 0, advantage_T < 0
             return {
@@ -92,13 +92,22 @@ class PPOClip:
 
     @staticmethod
     def _ratio(logprob_T: Tensor, old_logprob_T: Tensor, advantage_T: Tensor) -> Tensor:
-        for name, value_T in (("old_logprob_T", old_logprob_T), ("advantage_T", advantage_T)):
-            if value_T.shape != logprob_T.shape:
-                raise ValueError(
-                    f"{name} has shape {tuple(value_T.shape)}, expected {tuple(logprob_T.shape)} like logprob_T"
-                )
-        log_ratio_T = logprob_T - old_logprob_T.detach()
-        return log_ratio_T.clamp(-_LOG_RATIO_LIMIT, _LOG_RATIO_LIMIT).exp()
+        log_ratio_T = checked_log_ratio(logprob_T, old_logprob_T, advantage_T)
+        return log_ratio_T.clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT).exp()
+
+
+def checked_log_ratio(logprob_T: Tensor, old_logprob_T: Tensor, advantage_T: Tensor) -> Tensor:
+    """logprob - old_logprob of each token, differentiable with respect to the first alone.
+
+    Raises:
+        ValueError: shapes differ.
+    """
+    for name, value_T in (("old_logprob_T", old_logprob_T), ("advantage_T", advantage_T)):
+        if value_T.shape != logprob_T.shape:
+            raise ValueError(
+                f"{name} has shape {tuple(value_T.shape)}, expected {tuple(logprob_T.shape)} like logprob_T"
+            )
+    return logprob_T - old_logprob_T.detach()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

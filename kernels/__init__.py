@@ -2,6 +2,7 @@
 
 from entrocraft.kernels.hf_head import FusedHead
 from entrocraft.kernels.linear_logprob import linear_logprob_entropy, linear_logprob_entropy_reference
+from entrocraft.kernels.linear_policy_loss import linear_policy_loss
 from entrocraft.kernels.logits_logprob import logits_logprob_entropy, logits_logprob_entropy_reference
 from entrocraft.kernels.plan import HeadPlan, plan_head
 from entrocraft.kernels.token_stats import TokenStats
@@ -12,6 +13,7 @@ __all__ = [
     "TokenStats",
     "linear_logprob_entropy",
     "linear_logprob_entropy_reference",
+    "linear_policy_loss",
     "logits_logprob_entropy",
     "logits_logprob_entropy_reference",
     "plan_head",

@@ -56,7 +56,7 @@ class ChunkPlan(NamedTuple):
     """Matrix products of 2 T V H operations over the rows that have a target, all of them having a gradient."""
 
     def __str__(self) -> str:
-        return f"loss in forward: {self.products:.3g} products, {self.chunks} chunks, room for {self.room} rows"
+        return f"loss in forward: {self.products:.3g} products, chunks {self.chunks}, room for {self.room} rows"
 
 
 def chunk_room(head: Head, shard: Shard, buffer_bytes: int) -> tuple[Head, int]:

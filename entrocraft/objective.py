@@ -1,0 +1,108 @@
+"""PolicyObjective: a policy loss with its batch, as the closure that `linear_policy_loss` calls chunk by chunk."""
+
+import math
+from bisect import bisect_left, bisect_right
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from itertools import accumulate, pairwise
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class PolicyObjective:
+    """The loss of a batch of T packed tokens, of which any run of rows can be asked for its share.
+
+        share(rows) = sum over rows of  weight_t l_t  -  entropy_coefficient sum over rows of  entropy_weight_t H_t
+
+    `weight_T` and `entropy_weight_T` are constants of the batch, so the shares add up to the same loss and gradient
+    however it is cut; between sequences only, for a sequence-level `loss_fn`. Differentiable with respect to logprob
+    and entropy.
+
+    Use:
+        objective = PolicyObjective(loss_fn=GSPO(), old_logprob_T=..., advantage_T=..., weight_T=..., lengths_R=lengths)
+        loss, stats = linear_policy_loss(hidden_TH, weight_VH, target_T, loss=objective, lengths_R=lengths)
+
+    Raises:
+        ValueError: shapes that do not fit, a coefficient that is not finite, a sequence-level loss_fn without
+            lengths_R.
+    """
+
+    loss_fn: Callable[..., Tensor]
+    """`PPOClip`, `CISPO` or `GSPO`, or another `loss_fn(logprob_N, old_logprob_N, advantage_N) -> loss_N`. One that has
+    `sequence_level = True` gets the lengths of its sequences and their mask besides."""
+    old_logprob_T: Tensor
+    """Log-probabilities under the policy at the start of the step, nats."""
+    advantage_T: Tensor
+    """Advantage of each token."""
+    weight_T: Tensor
+    """Weight of each token's loss, from `token_weights`; 0 leaves it out, in the backward too."""
+    lengths_R: Sequence[int] | None = None
+    """Tokens of each sequence, in order, as host integers that sum to T; give the same to `linear_policy_loss`."""
+    mask_T: Tensor | None = None
+    """bool: the tokens a sequence-level ratio is taken over, rejected ones included. None: all of a sequence."""
+    entropy_coefficient: float = 0.0
+    """What a nat of entropy is worth; negative to lower it."""
+    entropy_weight_T: Tensor | None = None
+    """Weight of each token's entropy. None: `weight_T`."""
+    _ends: tuple[int, ...] = field(init=False, repr=False, default=())
+
+    def __post_init__(self) -> None:
+        T = len(self.weight_T)
+        for name in ("old_logprob_T", "advantage_T", "weight_T", "mask_T", "entropy_weight_T"):
+            value_T = getattr(self, name)
+            if value_T is not None and value_T.shape != (T,):
+                raise ValueError(f"{name} has shape {tuple(value_T.shape)}, expected ({T},) like weight_T")
+        if self.mask_T is not None and self.mask_T.dtype != torch.bool:
+            raise ValueError(f"mask_T is {self.mask_T.dtype}; expected bool, True where the policy chose the token")
+        if not math.isfinite(self.entropy_coefficient):
+            raise ValueError(
+                f"entropy_coefficient = {self.entropy_coefficient!r}: expected a finite number, such as 0.003"
+            )
+        if self.lengths_R is None:
+            if self._sequence_level:
+                raise ValueError(
+                    f"loss_fn {self.loss_fn!r} is of whole sequences and lengths_R is None; expected the tokens of "
+                    "each, as host integers"
+                )
+            return
+        if sum(self.lengths_R) != T or min(self.lengths_R, default=0) < 0:
+            raise ValueError(
+                f"lengths_R sums to {sum(self.lengths_R)}, the least is {min(self.lengths_R, default=0)}; expected "
+                f"lengths >= 0 that sum to {T}, the tokens of weight_T"
+            )
+        object.__setattr__(self, "_ends", tuple(accumulate(self.lengths_R, initial=0)))
+
+    @property
+    def _sequence_level(self) -> bool:
+        return getattr(self.loss_fn, "sequence_level", False)
+
+    def __call__(self, logprob_N: Tensor, entropy_N: Tensor, rows: slice) -> Tensor:
+        """The share of `rows` in the loss, a tensor of no dimension.
+
+        Raises:
+            ValueError: rows that cut a sequence, with a sequence-level loss_fn.
+        """
+        batch = (logprob_N, self.old_logprob_T[rows], self.advantage_T[rows])
+        if self._sequence_level:
+            mask_N = None if self.mask_T is None else self.mask_T[rows]
+            loss_N = self.loss_fn(*batch, self._lengths_of(rows), mask_N)
+        else:
+            loss_N = self.loss_fn(*batch)
+        share = (self.weight_T[rows] * loss_N).sum()
+        if self.entropy_coefficient:
+            weight_T = self.weight_T if self.entropy_weight_T is None else self.entropy_weight_T
+            share = share - self.entropy_coefficient * (weight_T[rows] * entropy_N).sum()
+        return share
+
+    def _lengths_of(self, rows: slice) -> list[int]:
+        """The lengths of the sequences that make up these rows."""
+        first, last = bisect_left(self._ends, rows.start), bisect_right(self._ends, rows.stop) - 1
+        if first == len(self._ends) or self._ends[first] != rows.start or self._ends[last] != rows.stop:
+            raise ValueError(
+                f"rows {rows.start} to {rows.stop} cut a sequence, whose ratio {self.loss_fn!r} needs whole; give "
+                "lengths_R to linear_policy_loss too"
+            )
+        ends = self._ends[first : last + 1]
+        return [end - start for start, end in pairwise(ends)]

@@ -1,0 +1,170 @@
+"""Two policy losses besides PPO-clip: GSPO, whose ratio is a sequence's, and CISPO, which caps a weight instead of
+removing gradients."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from entrocraft.losses import LOG_RATIO_LIMIT, checked_log_ratio
+
+
+def _check_clips(clip_low: float, clip_high: float, *, such_as: str) -> None:
+    if not 0.0 < clip_low <= 1.0:
+        raise ValueError(f"clip_low = {clip_low!r}: expected 0 < clip_low <= 1, such as {such_as.split()[0]}")
+    if not 0.0 < clip_high < math.inf:
+        raise ValueError(f"clip_high = {clip_high!r}: expected a finite clip_high > 0, such as {such_as.split()[1]}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GSPO:
+    """Group sequence policy optimization, to be minimised: one ratio a sequence, the geometric mean of its tokens'.
+
+        s_i = exp(clamp(mean over the tokens t of sequence i of (logprob_t - old_logprob_t), -20, 20))
+        s_t = s_i exp(logprob_t - sg[logprob_t])                 the value of s_i, the gradient of token t
+        l_t = max(-s_t A_t, -clip(s_t, 1 - clip_low, 1 + clip_high) A_t)
+
+    With the weights of `token_weights(aggregation="seq_mean_token_mean")` the sum is the paper's objective, in value
+    and in gradient; with others it is its variant GSPO-token. A clip that binds removes the gradient of a whole
+    sequence, as does the clamp.
+
+    clip_low, clip_high: 0 < clip_low <= 1, clip_high > 0. Ratios of sequences lie far closer to 1 than those of tokens:
+    the 0.2 of PPO-clip would never bind here, and the defaults are 3e-4 and 4e-4.
+
+    Source: Zheng et al. (arXiv 2507.18071), sections 4.1 and 4.3.
+    """
+
+    sequence_level: ClassVar[bool] = True
+
+    clip_low: float = 3e-4
+    clip_high: float = 4e-4
+
+    def __post_init__(self) -> None:
+        _check_clips(self.clip_low, self.clip_high, such_as="3e-4 4e-4")
+
+    def __call__(
+        self,
+        logprob_T: Tensor,
+        old_logprob_T: Tensor,
+        advantage_T: Tensor,
+        lengths_R: Sequence[int],
+        mask_T: Tensor | None = None,
+    ) -> Tensor:
+        """loss_T, differentiable with respect to logprob_T alone; in the widest dtype of the three arguments.
+
+        Args:
+            logprob_T: log-probabilities under the policy being trained, in fp32 at least: the clips are 3e-4 wide.
+            old_logprob_T: under the policy at the start of the step.
+            advantage_T: advantage of each token.
+            lengths_R: how many of the tokens belong to each sequence, in order, as host integers.
+            mask_T: bool, the tokens that the policy chose, rejected ones included: s_i is a mean over them. None: all.
+
+        Raises:
+            ValueError: shapes differ, or lengths_R does not sum to T.
+        """
+        ratio_T = self._log_ratio(logprob_T, old_logprob_T, advantage_T, lengths_R, mask_T)
+        ratio_T = ratio_T.clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT).exp()
+        advantage_T = advantage_T.detach()
+        clipped_T = ratio_T.clamp(1.0 - self.clip_low, 1.0 + self.clip_high)
+        return torch.maximum(-ratio_T * advantage_T, -clipped_T * advantage_T)
+
+    def clipped(
+        self,
+        logprob_T: Tensor,
+        old_logprob_T: Tensor,
+        advantage_T: Tensor,
+        lengths_R: Sequence[int],
+        mask_T: Tensor | None = None,
+    ) -> dict[str, Tensor]:
+        """Where the gradient has been removed though A is not 0, as bool `[T]`; the two do not overlap.
+
+        "high": A > 0, s above its clip, or log s above 20. "low": A < 0, s below its clip, or log s below -20.
+        """
+        with torch.no_grad():
+            log_T = self._log_ratio(logprob_T, old_logprob_T, advantage_T, lengths_R, mask_T)
+            ratio_T = log_T.clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT).exp()
+            present_T = advantage_T != 0
+            return {
+                "high": ((advantage_T > 0) & (ratio_T > 1.0 + self.clip_high))
+                | (present_T & (log_T > LOG_RATIO_LIMIT)),
+                "low": ((advantage_T < 0) & (ratio_T < 1.0 - self.clip_low)) | (present_T & (log_T < -LOG_RATIO_LIMIT)),
+            }
+
+    @staticmethod
+    def _log_ratio(
+        logprob_T: Tensor,
+        old_logprob_T: Tensor,
+        advantage_T: Tensor,
+        lengths_R: Sequence[int],
+        mask_T: Tensor | None,
+    ) -> Tensor:
+        """log s_t before the clamp."""
+        log_ratio_T = checked_log_ratio(logprob_T, old_logprob_T, advantage_T)
+        T = len(logprob_T)
+        if sum(lengths_R) != T:
+            raise ValueError(f"lengths_R sums to {sum(lengths_R)}; expected {T}, as many tokens as logprob_T has")
+        if mask_T is not None and (mask_T.shape != logprob_T.shape or mask_T.dtype != torch.bool):
+            raise ValueError(
+                f"mask_T is {mask_T.dtype} {tuple(mask_T.shape)}; expected bool {tuple(logprob_T.shape)} like logprob_T"
+            )
+        # In fp64, so that a mean over thousands of tokens is known far better than the clips are wide.
+        counted_T = torch.ones_like(log_ratio_T, dtype=torch.float64) if mask_T is None else mask_T.double()
+        summed_T = log_ratio_T.detach().double().where(counted_T > 0, 0.0)
+        length_R = torch.tensor(lengths_R, dtype=torch.int64, device=logprob_T.device)
+        total_R, count_R = (
+            torch.segment_reduce(value_T, "sum", lengths=length_R, unsafe=True) for value_T in (summed_T, counted_T)
+        )
+        mean_T = (total_R / count_R.clamp(min=1.0)).repeat_interleave(length_R, output_size=T)
+        return mean_T.to(log_ratio_T.dtype) + (logprob_T - logprob_T.detach())
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CISPO:
+    """REINFORCE with a capped importance weight, to be minimised, token by token.
+
+        r   = exp(clamp(logprob - old_logprob, -20, 20))
+        l   = -sg[clip(r, 1 - clip_low, 1 + clip_high)] A logprob
+
+    The gradient of every token stays, `-clip(r) A` times that of logprob: the cap bounds its size and never removes it.
+    The value is no measure of progress, only the gradient is.
+
+    clip_low: 0 < clip_low <= 1; 1, the default, is no lower bound, as in the paper. clip_high: > 0; the paper gives no
+    number, 0.2 is that of verl's example.
+
+    Source: MiniMax-M1 (arXiv 2506.13585), section 3.1.
+    """
+
+    clip_low: float = 1.0
+    clip_high: float = 0.2
+
+    def __post_init__(self) -> None:
+        _check_clips(self.clip_low, self.clip_high, such_as="1.0 0.2")
+
+    def __call__(self, logprob_T: Tensor, old_logprob_T: Tensor, advantage_T: Tensor) -> Tensor:
+        """loss_T, differentiable with respect to logprob_T alone; in the widest dtype of the three arguments.
+
+        Args:
+            logprob_T: log-probabilities under the policy being trained.
+            old_logprob_T: under the policy at the start of the step.
+            advantage_T: advantage of each token.
+
+        Raises:
+            ValueError: shapes differ.
+        """
+        log_ratio_T = checked_log_ratio(logprob_T, old_logprob_T, advantage_T).detach()
+        ratio_T = log_ratio_T.clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT).exp()
+        weight_T = ratio_T.clamp(1.0 - self.clip_low, 1.0 + self.clip_high)
+        return -weight_T * advantage_T.detach() * logprob_T
+
+    def clipped(self, logprob_T: Tensor, old_logprob_T: Tensor, advantage_T: Tensor) -> dict[str, Tensor]:
+        """Where the weight is a bound though A is not 0, as bool `[T]`: "high" and "low". Gradients remain there."""
+        with torch.no_grad():
+            ratio_T = checked_log_ratio(logprob_T, old_logprob_T, advantage_T).exp()
+            present_T = advantage_T != 0
+            return {
+                "high": present_T & (ratio_T > 1.0 + self.clip_high),
+                "low": present_T & (ratio_T < 1.0 - self.clip_low),
+            }
