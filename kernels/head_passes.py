@@ -207,7 +207,7 @@ def _frozen_forward(head: Head, setting: Setting) -> tuple[Tensor, Tensor, Tenso
                 rows = coefficients(chunk, upstream, values)
                 add_gradients(chunk, rows, Sinks(total_NH, None, None), setting.shard, exponentials)
                 basis_TH[t] = total_NH
-    return sums_KT, *bases
+    return sums_KT, bases[0], bases[1]
 
 
 def _frozen_backward(

@@ -9,11 +9,12 @@ arguments.
 from __future__ import annotations
 
 import functools
+import math
 from typing import Any, NamedTuple
 
 import torch
-import triton
 from torch import Tensor
+from triton import knobs
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from entrocraft.kernels.head import Head
@@ -44,7 +45,7 @@ class Tiles(NamedTuple):
 FORWARD_TILES = {
     80: Tiles(Tile(128, 128, 32, 8, 4), Tile(128, 128, 32, 8, 4)),
     90: Tiles(Tile(128, 256, 64, 8, 3, tma=True, flatten=True), Tile(128, 128, 64, 8, 4, tma=True, flatten=True)),
-    100: Tiles(Tile(256, 128, 64, 8, 3, tma=True), Tile(128, 64, 64, 8, 4, tma=True)),
+    100: Tiles(Tile(128, 128, 64, 8, 4, tma=True), Tile(128, 64, 64, 8, 4, tma=True)),
 }
 BACKWARD_TILES = {
     80: Tiles(Tile(128, 128, 32, 8, 4), Tile(128, 128, 32, 8, 4)),
@@ -92,7 +93,7 @@ def backward_tile(head: Head) -> Tile:
 
 def _tile_of(head: Head, tiles: dict[int, Tiles], *, rich: bool) -> Tile:
     fast = sixteen_bit(head) and aligned(head)
-    if triton.knobs.runtime.interpret:
+    if knobs.runtime.interpret:
         return INTERPRETED_TILE._replace(tma=fast)
     return tiles[capability(head.hidden_TH.device.index)][rich] if fast else PLAIN_TILE
 
@@ -122,7 +123,7 @@ def describable(matrix: Tensor) -> bool:
 
 def upcast(head: Head) -> bool:
     """Operands go to the product as fp32: two dtypes; or bf16 in the interpreter, which multiplies its raw bits."""
-    interpreted = triton.knobs.runtime.interpret and head.hidden_TH.dtype == torch.bfloat16
+    interpreted = knobs.runtime.interpret and head.hidden_TH.dtype == torch.bfloat16
     return head.hidden_TH.dtype != head.weight_VH.dtype or interpreted
 
 
@@ -154,13 +155,13 @@ def product_constants(head: Head, tile: Tile, *, tma: bool) -> dict[str, Any]:
         "BLOCK_T": tile.BLOCK_T,
         "BLOCK_V": tile.BLOCK_V,
         "BLOCK_H": tile.BLOCK_H,
-    } | compile_options(tile)
+    } | compile_options(tile.num_warps, tile.num_stages)
 
 
-def compile_options(tile: Tile) -> dict[str, Any]:
+def compile_options(num_warps: int, num_stages: int) -> dict[str, Any]:
     """Of a launch, or of a compilation. Fused multiply-add is asked for: Triton means to drop it as the default."""
-    options: dict[str, Any] = {"num_warps": tile.num_warps, "num_stages": tile.num_stages}
-    return options if triton.knobs.runtime.interpret else options | {"enable_fp_fusion": True}
+    options: dict[str, Any] = {"num_warps": num_warps, "num_stages": num_stages}
+    return options if knobs.runtime.interpret else options | {"enable_fp_fusion": True}
 
 
 def logits_constants(head: Head) -> dict[str, Any]:
@@ -175,7 +176,7 @@ def logits_constants(head: Head) -> dict[str, Any]:
 
 def programs(head: Head, tile: Tile) -> int:
     """Persistent programs: one a multiprocessor, no more than there are tiles."""
-    tiles = triton.cdiv(head.T, tile.BLOCK_T) * triton.cdiv(head.V, tile.BLOCK_V)
+    tiles = math.ceil(head.T / tile.BLOCK_T) * math.ceil(head.V / tile.BLOCK_V)
     if not head.hidden_TH.is_cuda:
         return 1
     return min(tiles, torch.cuda.get_device_properties(head.hidden_TH.device).multi_processor_count)

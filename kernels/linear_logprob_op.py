@@ -63,9 +63,9 @@ def _unpacked(
 
 
 def _group_of(name: str) -> ProcessGroup:
-    from torch.distributed.distributed_c10d import _resolve_process_group
+    from torch.distributed import distributed_c10d
 
-    return _resolve_process_group(name)
+    return distributed_c10d._resolve_process_group(name)  # pyright: ignore[reportPrivateImportUsage, reportArgumentType]
 
 
 _library = torch.library.Library("entrocraft", "DEF")
@@ -173,7 +173,9 @@ def _link(ctx, *grads):
     if not any(needs) or all(grad is None for grad in upstream):
         return None, None, None, *none
     nothing = logprob_T.new_empty(0)
-    values = RowValues(logprob_T, entropy_T, *[nothing] * (VALUES - 4), shift_T, log_s0_T)
+    values = RowValues(
+        logprob_T, entropy_T, nothing, nothing, nothing, nothing, nothing, shift_T=shift_T, log_s0_T=log_s0_T
+    )
     if any(main is not None for main in ctx.main_grads):
         head, setting = _unpacked(operands, ctx.scalars)
         results = _gradients(head, setting, upstream, [*values, *kept], needs, ctx.main_grads)

@@ -71,7 +71,7 @@ def statistics(head: Head, exponentials: Exponentials | None = None) -> Tensor:
         merge_kernel[(triton.cdiv(t.stop - t.start, launch.MERGE_ROWS),)](
             part_STK, sums_KT[:, t], t.stop - t.start, tiles, part_STK.stride(0), sums_KT.stride(0),
             COLLISION=head.options.collision, VARENTROPY=head.options.varentropy, ARGMAX=head.options.argmax,
-            FIELDS=fields, BLOCK_T=launch.MERGE_ROWS, num_warps=launch.MERGE_WARPS,
+            FIELDS=fields, BLOCK_T=launch.MERGE_ROWS, **launch.compile_options(launch.MERGE_WARPS, 1),
         )  # fmt: skip
     return sums_KT
 
@@ -260,6 +260,6 @@ def _launch_stored(head: Head, v: slice, rows: RowCoefficients, stored: Exponent
         # constants
         v.start, HAS_ROWS=stored.row_N is not None,
         HAS_SLOPE=rows.slope_T is not None, HAS_TARGET=rows.target_T is not None,
-        COLUMNS=stored.columns, BLOCK_T=block_T, BLOCK_V=block_V, num_warps=num_warps,
+        COLUMNS=stored.columns, BLOCK_T=block_T, BLOCK_V=block_V, **launch.compile_options(num_warps, 1),
         **launch.logits_constants(head),
     )  # fmt: skip

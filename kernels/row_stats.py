@@ -80,7 +80,13 @@ class RowCoefficients(NamedTuple):
         """The coefficients of some rows; None is all of them."""
         if rows is None:
             return self
-        return RowCoefficients(*(field if field is None else field[rows] for field in self))
+        return RowCoefficients(
+            self.shift_T[rows],
+            self.offset_T[rows],
+            None if self.slope_T is None else self.slope_T[rows],
+            None if self.target_T is None else self.target_T[rows],
+            self.u_T[rows],
+        )
 
 
 def neutral_sums(T: int, *, like: Tensor, dtype: torch.dtype) -> Tensor:

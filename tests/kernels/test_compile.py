@@ -70,6 +70,7 @@ def test_under_activation_checkpointing(device, use_reentrant, options):
     loss = checkpointed(*arguments, **options)
     loss.backward()  # reentrant checkpointing knows no torch.autograd.grad
     for actual, expected in zip((loss, arguments[0].grad, arguments[1].grad), wanted, strict=True):
+        assert actual is not None
         assert torch.equal(actual, expected)
 
 
@@ -117,11 +118,12 @@ def test_main_gradients_take_what_autograd_does_not(device, mode):
         target_T[call] = -100
         more = {"mode": mode, "cache_bytes": 11 * 200, "hidden_main_grad_TH": main[0], "weight_main_grad_VH": main[1]}
         for operands, options in (((hidden_TH, weight_VH), more), (exact, {})):
-            stats = linear_logprob_entropy(*operands, target_T, **options)
+            stats = linear_logprob_entropy(operands[0], operands[1], target_T, **options)
             (stats.logprob_T.sum() + stats.entropy_T.sum()).backward()
     assert hidden_TH.grad is None
     assert weight_VH.grad is None
     for total, leaf in zip(main, exact, strict=True):
+        assert leaf.grad is not None
         error = float((total.double() - 0.25 - leaf.grad).norm() / leaf.grad.norm())
         # Stored exponentials are bf16 ones; recomputed logits are never rounded on a CPU.
         assert error <= (2e-3 if mode == "cache" or TRITON else 1e-6)

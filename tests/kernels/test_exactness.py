@@ -78,7 +78,7 @@ def test_gradients_at_a_real_vocabulary(device, options):
     hidden_TH, weight_VH, target_T = _operands(V, "peaked", device)
     upstream = torch.randn(2, T, device=device)
     leaves = [hidden_TH.requires_grad_(), weight_VH.requires_grad_()]
-    stats = linear_logprob_entropy(*leaves, target_T, **options)
+    stats = linear_logprob_entropy(leaves[0], leaves[1], target_T, **options)
     actual = torch.autograd.grad((upstream * torch.stack([stats.logprob_T, stats.entropy_T])).sum(), leaves)
     logp_TV = (hidden_TH.detach().double() @ weight_VH.detach().double().T).log_softmax(1)
     p_TV = logp_TV.exp()
@@ -122,7 +122,7 @@ def test_every_mode_has_the_same_gradient(device, T, V, H, seed, mode, budget, s
     ):
         more = {"mode": mode, "cache_bytes": budget, "buffer_bytes": 1 + budget} if op is linear_logprob_entropy else {}
         leaves = [leaf.detach().to(dtype).requires_grad_(leaf.requires_grad) for leaf in (hidden_TH, weight_VH)]
-        stats = op(*leaves, target_T, softcap=softcap, ignore_index=-1, **more)
+        stats = op(leaves[0], leaves[1], target_T, softcap=softcap, ignore_index=-1, **more)
         total = (upstream * torch.stack([stats.logprob_T, stats.entropy_T, stats.lse_T])).sum()
         gradients.append(torch.autograd.grad(total, [leaf for leaf in leaves if leaf.requires_grad]))
     for actual, wanted in zip(*gradients, strict=True):

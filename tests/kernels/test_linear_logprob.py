@@ -224,7 +224,7 @@ def test_any_shape_and_option(device, T, V, H, seed, temperature, softcap, bias,
     options = {"softcap": softcap, "ignore_index": -1, "collision": True}
     options["temperature"] = (torch.rand(T) + 0.1).to(device) if temperature == "rows" else temperature
     upstream = torch.randn(3, T, device=device)
-    results = []
+    results, names = [], []
     for op, dtype in (
         (linear_logprob_entropy, torch.float32),
         *((linear_logprob_entropy_reference, d) for d in (torch.float32, torch.float64)),

@@ -68,13 +68,11 @@ def test_frozen_head(make_head, entropy_gradient, options, dtype):
         (linear_logprob_entropy_reference, None, {}),
         (linear_logprob_entropy_reference, torch.float64, {}),
     ):
-        hidden_TH, weight_VH, bias_V = (
-            operand if operand is None or cast is None else operand.to(cast)
-            for operand in (head.hidden_TH, head.weight_VH, head.bias_V)
-        )
-        leaf_TH = hidden_TH.detach().requires_grad_()
-        stats = op(leaf_TH, weight_VH, head.target_T, bias_V=bias_V, **head.options, **more)
-        total = sum((row * getattr(stats, name)).sum() for row, name in zip(upstream, wanted, strict=False))
+        to = cast or dtype
+        leaf_TH = head.hidden_TH.detach().to(to).requires_grad_()
+        bias_V = None if head.bias_V is None else head.bias_V.to(to)
+        stats = op(leaf_TH, head.weight_VH.to(to), head.target_T, bias_V=bias_V, **head.options, **more)
+        total = (torch.stack([getattr(stats, name) for name in wanted]) * upstream[: len(wanted)]).sum()
         results.append((stats, torch.autograd.grad(total, [leaf_TH])[0].double()))
     (stats, gradient), (_, in_torch), (exact, exact_gradient) = results
     torch.testing.assert_close(stats.logprob_T.double(), exact.logprob_T, rtol=0, atol=2e-5)
@@ -125,7 +123,6 @@ def test_a_graph_can_be_walked_twice(make_head, mode):
 
 
 def test_the_rule_at_its_boundaries():
-    sizes = {"T": 1000, "H": 64, "bytes_per_row": 1200}
     basis, exponentials = 4 * 1000 * 64, 1000 * 1200
     cases = [
         # needs_hidden, needs_weight, cache_bytes, entropy_gradient -> mode, products
@@ -141,11 +138,17 @@ def test_the_rule_at_its_boundaries():
     ]
     for (hidden, weight, cache_bytes, entropy), expected in cases:
         plan = plan_head(
-            **sizes, needs_hidden=hidden, needs_weight=weight, cache_bytes=cache_bytes, entropy_gradient=entropy
+            1000,
+            64,
+            bytes_per_row=1200,
+            needs_hidden=hidden,
+            needs_weight=weight,
+            cache_bytes=cache_bytes,
+            entropy_gradient=entropy,
         )
         assert (plan.mode, plan.products) == expected
         assert plan.kept_bytes <= cache_bytes
-    part = plan_head(**sizes, mode="cache", cache_bytes=exponentials // 4)
+    part = plan_head(1000, 64, bytes_per_row=1200, mode="cache", cache_bytes=exponentials // 4)
     assert part == ("cache", 250, 300_000, 3.75)
     assert str(part) == "cache: 3.75 products, keeps 0.3 MiB of 250 rows"
 

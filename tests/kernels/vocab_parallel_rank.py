@@ -7,6 +7,7 @@ The folder holds `cases.pt`, a list of cases, and is where the ranks meet.
 
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -37,7 +38,7 @@ def run(case: dict, rank: int) -> dict:
     (upstream * torch.stack([stats.logprob_T, stats.entropy_T, stats.lse_T])).sum().backward()
     grads = {"hidden": hidden_TH.grad}
     if not frozen:
-        gradient = weight_VH.grad
+        gradient: Any = weight_VH.grad
         grads["weight"] = gradient.to_local() if case["dtensor"] else gradient
         if bias_V is not None:
             grads["bias"] = bias_V.grad
