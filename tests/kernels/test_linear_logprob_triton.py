@@ -23,7 +23,7 @@ needs_triton = pytest.mark.skipif(not TRITON, reason="no GPU: these run in the i
 @pytest.mark.skipif(TRITON, reason="this process runs them itself")
 def test_all_tests_of_the_op_under_the_interpreter():
     files = [str(Path(__file__).with_name(f"test_linear_logprob{suffix}.py")) for suffix in ("", "_edges", "_triton")]
-    files.append(str(Path(__file__).with_name("test_modes.py")))
+    files += [str(Path(__file__).with_name(name)) for name in ("test_modes.py", "test_linear_policy_loss.py")]
     result = subprocess.run(
         [sys.executable, "-P", "-m", "pytest", "-q", "-x", "-rs", *files],
         env=os.environ | {"TRITON_INTERPRET": "1"},
