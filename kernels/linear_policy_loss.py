@@ -27,8 +27,7 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Callable, Sequence
-from typing import ParamSpec, TypeVar
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -56,23 +55,10 @@ from entrocraft.kernels.vocab_parallel import Shard, shard_of
 POLICY_BUFFER_BYTES = 1 << 30
 
 _log = logging.getLogger("entrocraft.kernels")
-Arguments = ParamSpec("Arguments")
-Result = TypeVar("Result")
 
 
-def _never_compiled(function: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
-    """`function`, which torch.compile calls as it is. torch.compiler.disable would import the compiler, seconds of it,
-    into every process."""
-    opaque = torch._disable_dynamo(function)  # pyright: ignore[reportPrivateImportUsage]
-
-    @functools.wraps(function)
-    def call(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:
-        return (opaque if torch.compiler.is_compiling() else function)(*args, **kwargs)
-
-    return call
-
-
-@_never_compiled
+# torch.compiler.disable would import the compiler, which takes seconds, when this file is imported.
+@torch._disable_dynamo  # pyright: ignore[reportPrivateImportUsage]
 def linear_policy_loss(
     hidden_TH: Tensor,
     weight_VH: Tensor,
@@ -250,7 +236,11 @@ class _Ready(torch.autograd.Function):
                 if grad is not None and operand is not None:
                     grad = (grad * upstream if again else grad.mul_(upstream)).to(operand.dtype)
                 scaled.append(grad)
-        return None, None, None, None, None, *refuse_second_derivative("linear_policy_loss", operands, scaled)
+        if torch.is_grad_enabled():
+            # Empty, but a way from the gradients to every operand.
+            way = torch.cat([operand[:0].flatten().to(upstream.dtype) for operand in operands if operand is not None])
+            scaled = refuse_second_derivative("linear_policy_loss", [way], scaled)
+        return None, None, None, None, None, *scaled
 
 
 def _check_walked_once(ctx, upstream: Tensor) -> None:
