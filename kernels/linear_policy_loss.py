@@ -27,7 +27,8 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
@@ -55,10 +56,23 @@ from entrocraft.kernels.vocab_parallel import Shard, shard_of
 POLICY_BUFFER_BYTES = 1 << 30
 
 _log = logging.getLogger("entrocraft.kernels")
+Arguments = ParamSpec("Arguments")
+Result = TypeVar("Result")
 
 
-# torch.compiler.disable would import the compiler, which takes seconds, when this file is imported.
-@torch._disable_dynamo  # pyright: ignore[reportPrivateImportUsage]
+def _never_compiled(function: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
+    """`function`, which torch.compile calls as it is. The compiler, seconds of imports, is loaded where it is at work:
+    torch.compiler.disable would load it with this file."""
+    opaque = torch._disable_dynamo(function)  # pyright: ignore[reportPrivateImportUsage]
+
+    @functools.wraps(function)
+    def call(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:
+        return (opaque if torch.compiler.is_compiling() else function)(*args, **kwargs)
+
+    return call
+
+
+@_never_compiled
 def linear_policy_loss(
     hidden_TH: Tensor,
     weight_VH: Tensor,
