@@ -115,7 +115,7 @@ def plan_of(chunks: list[Chunk], room: int, needs_hidden: bool, needs_weight: bo
 
 
 class PolicyPass:
-    """The rows of one call, chunk by chunk."""
+    """The rows of one call, chunk by chunk. To learn which have a gradient, it waits for the device once a chunk."""
 
     def __init__(self, head: Head, shard: Shard, ignore_index: int | None, lengths_R, buffer_bytes: int) -> None:
         self.head, self.room = chunk_room(local_head(head, shard), shard, buffer_bytes)
