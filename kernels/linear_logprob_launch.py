@@ -41,11 +41,12 @@ class Tiles(NamedTuple):
 
 
 # Products of 16-bit operands. 128 x 256 halves the operand traffic of 128 x 128, and takes all registers: the epilogue
-# has room for three sums (rich: collision, varentropy, argmax, stored exponentials), for neither bias nor softcap.
+# has room for three sums (rich: collision, varentropy, argmax, stored exponentials), for neither bias nor softcap, nor
+# for a temperature of each row.
 FORWARD_TILES = {
     80: Tiles(Tile(128, 128, 32, 8, 4), Tile(128, 128, 32, 8, 4)),
     90: Tiles(Tile(128, 256, 64, 8, 3, tma=True, flatten=True), Tile(128, 128, 64, 8, 4, tma=True, flatten=True)),
-    100: Tiles(Tile(128, 128, 64, 8, 4, tma=True), Tile(128, 64, 64, 8, 4, tma=True)),
+    100: Tiles(Tile(128, 128, 64, 8, 4, tma=True), Tile(128, 64, 64, 4, 4, tma=True)),
 }
 BACKWARD_TILES = {
     80: Tiles(Tile(128, 128, 32, 8, 4), Tile(128, 128, 32, 8, 4)),
@@ -82,7 +83,8 @@ def _bent(head: Head) -> bool:
 def forward_tile(head: Head, *, store: bool) -> Tile:
     """The tile of K1, from dtypes, device and what is asked for; never from the number of rows."""
     options = head.options
-    rich = store or options.collision or options.varentropy or options.argmax or _bent(head)
+    rich = store or options.collision or options.varentropy or options.argmax
+    rich = rich or _bent(head) or isinstance(head.inv_temperature, Tensor)
     return _tile_of(head, FORWARD_TILES, rich=rich)
 
 
