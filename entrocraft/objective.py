@@ -11,10 +11,23 @@ from torch import Tensor
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Term:
+    """Something that a method adds to the loss: sum over rows of weight_t l_t, `loss_fn` being one of single tokens."""
+
+    loss_fn: Callable[[Tensor, Tensor, Tensor], Tensor]
+    """`loss_fn(logprob_N, old_logprob_N, advantage_N) -> loss_N`."""
+    advantage_T: Tensor
+    """What `loss_fn` gets for an advantage."""
+    weight_T: Tensor
+    """Weight of each token in this term."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class PolicyObjective:
     """The loss of a batch of T packed tokens, of which any run of rows can be asked for its share.
 
         share(rows) = sum over rows of  weight_t l_t  -  entropy_coefficient sum over rows of  entropy_weight_t H_t
+                      + the same sum for each extra term
 
     `weight_T` and `entropy_weight_T` are constants of the batch, so the shares add up to the same loss and gradient
     however it is cut; between sequences only, for a sequence-level `loss_fn`. Differentiable with respect to logprob
@@ -46,6 +59,8 @@ class PolicyObjective:
     """What a nat of entropy is worth; negative to lower it."""
     entropy_weight_T: Tensor | None = None
     """Weight of each token's entropy. None: `weight_T`."""
+    extra: Sequence[Term] = ()
+    """Further terms, of single tokens."""
     _ends: tuple[int, ...] = field(init=False, repr=False, default=())
 
     def __post_init__(self) -> None:
@@ -56,6 +71,13 @@ class PolicyObjective:
                 raise ValueError(f"{name} has shape {tuple(value_T.shape)}, expected ({T},) like weight_T")
         if self.mask_T is not None and self.mask_T.dtype != torch.bool:
             raise ValueError(f"mask_T is {self.mask_T.dtype}; expected bool, True where the policy chose the token")
+        for number, term in enumerate(self.extra):
+            for name in ("advantage_T", "weight_T"):
+                if getattr(term, name).shape != (T,):
+                    raise ValueError(
+                        f"extra[{number}].{name} has shape {tuple(getattr(term, name).shape)}, expected ({T},) like "
+                        "weight_T"
+                    )
         if not math.isfinite(self.entropy_coefficient):
             raise ValueError(
                 f"entropy_coefficient = {self.entropy_coefficient!r}: expected a finite number, such as 0.003"
@@ -94,6 +116,9 @@ class PolicyObjective:
         if self.entropy_coefficient:
             weight_T = self.weight_T if self.entropy_weight_T is None else self.entropy_weight_T
             share = share - self.entropy_coefficient * (weight_T[rows] * entropy_N).sum()
+        for term in self.extra:
+            extra_N = term.loss_fn(logprob_N, self.old_logprob_T[rows], term.advantage_T[rows])
+            share = share + (term.weight_T[rows] * extra_N).sum()
         return share
 
     def _lengths_of(self, rows: slice) -> list[int]:

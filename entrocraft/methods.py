@@ -1,0 +1,179 @@
+"""What makes the loss of an update: a policy loss and whatever a method of the literature adds to it.
+
+A `Method` is a frozen value. Once a step it looks at the entropy (`observe`) and may move a few numbers of its own,
+its state: a bonus coefficient, a clip. For each optimizer update it then says what the loss is made of (`terms`):
+the advantages, the tokens that count, the policy loss, further terms, and what a nat of entropy is worth. Whatever
+averages the tokens (`losses.token_weights`) and whichever rollouts a rule rejects stay the same for all of them.
+
+    method = methods.build("entropic", target=0.5)
+    state = method.observe({}, Signal(step=s, steps=S, entropy=H, target=schedule(s)))
+    objective = make_objective(method, tokens, state, aggregation="token_mean", keep_T=decision.keep_T)
+    loss, stats = linear_policy_loss(hidden_TH, weight_VH, target_T, loss=objective)
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from entrocraft.kernels.token_stats import TokenStats
+from entrocraft.losses import PPOClip, token_weights
+from entrocraft.objective import PolicyObjective, Term
+from entrocraft.registry import lookup
+
+State = Mapping[str, float]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Signal:
+    """What is known once a step, before its updates: what an adaptive method steers by.
+
+    step, steps: the present optimizer round and their number, from 0. entropy: of the batch under the policy that is
+    about to change, nats a token. target: what the schedule asks for at this step, nats; None without a schedule.
+    """
+
+    step: int
+    steps: int
+    entropy: float
+    target: float | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Tokens:
+    """The T packed tokens of one optimizer update, scored by the policy that it is about to change; no gradients.
+
+    stats: log-probability, entropy and, where a method asks for them, collision statistics, of the current policy.
+    old_logprob_T: under the policy at the start of the step; equal to stats.logprob_T in the first update.
+    advantage_T: fp32. mask_T: bool, tokens the policy chose. rollout_T: int64, non-decreasing. group_R: int64.
+    keep_T: bool, False where a rule has rejected a token. importance_T: what each token's loss is multiplied by, such
+        as the weights of `importance`; None: 1. step, seed: what a draw may depend on.
+    """
+
+    stats: TokenStats
+    old_logprob_T: Tensor
+    advantage_T: Tensor
+    mask_T: Tensor
+    rollout_T: Tensor
+    group_R: Tensor
+    keep_T: Tensor | None = None
+    importance_T: Tensor | None = None
+    seed: int = 0
+    step: int = 0
+
+    @property
+    def lengths_R(self) -> list[int]:
+        """Tokens of each rollout, as host integers."""
+        return torch.bincount(self.rollout_T, minlength=len(self.group_R)).tolist()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Terms:
+    """What the loss of an update is made of.
+
+    loss_fn: the policy loss. advantage_T: what it uses. mask_T: tokens that count, in the denominators too.
+    gradient_T: bool, tokens that teach; the others stay in the denominators. None: all.
+    extra: further terms, whose weights are complete. extra_of_mean: terms whose weights are still to be multiplied by
+        those of the aggregation (a penalty on some of the tokens of the same mean).
+    entropy_coefficient: what a nat of mean entropy is worth. clamped_share: the entropy is that of each row without
+        its least likely tokens, this share of the vocabulary (AEnt); 0: the whole vocabulary's.
+    """
+
+    loss_fn: Callable[..., Tensor]
+    advantage_T: Tensor
+    mask_T: Tensor
+    gradient_T: Tensor | None = None
+    extra: Sequence[Term] = ()
+    extra_of_mean: Sequence[Term] = ()
+    entropy_coefficient: float = 0.0
+    clamped_share: float = 0.0
+
+
+class Method(Protocol):
+    """Anything that turns the tokens of an update into `Terms`.
+
+    `needs_current`: whether `terms` looks at `Tokens.stats`, so that a trainer must score the tokens again where the
+    policy has moved since the step began. `needs_collision`: whether it reads p2_T and p2logp_T.
+    """
+
+    @property
+    def needs_current(self) -> bool: ...
+
+    @property
+    def needs_collision(self) -> bool: ...
+
+    def observe(self, state: State, signal: Signal, /) -> State: ...
+
+    def terms(self, tokens: Tokens, state: State, /) -> Terms: ...
+
+
+class Stateless:
+    """Base of the methods that steer by nothing."""
+
+    needs_current = False
+    needs_collision = False
+
+    def observe(self, state: State, signal: Signal, /) -> State:
+        """No state: returns what it was given."""
+        return state
+
+
+@dataclass(frozen=True)
+class Plain(Stateless):
+    """A policy loss and nothing else: PPO-clip, clip-higher, GSPO, CISPO and the like (`policy_losses`)."""
+
+    loss_fn: Callable[..., Tensor] = field(default_factory=PPOClip)
+
+    def terms(self, tokens: Tokens, state: State, /) -> Terms:
+        """The loss with the advantages and the mask as they are."""
+        return Terms(loss_fn=self.loss_fn, advantage_T=tokens.advantage_T, mask_T=tokens.mask_T)
+
+
+def make_objective(
+    method: Method,
+    tokens: Tokens,
+    state: State,
+    *,
+    aggregation: str,
+    advantage_R: Tensor | None = None,
+    scale: float | None = None,
+) -> PolicyObjective:
+    """The loss of an update, as the closure that any run of its rows can be asked for its share of.
+
+        sum_t w_t l_t  +  sum over extra terms  -  c sum_t w^H_t H_t
+
+    w from `token_weights` with the mask of the terms, `tokens.keep_T` and `aggregation`; 0 where gradient_T is False.
+    w^H is that of the mask with everything kept: a rejected rollout teaches nothing, but its entropy counts.
+
+    Raises:
+        ValueError: as `token_weights` and `PolicyObjective`.
+    """
+    terms = method.terms(tokens, state)
+
+    def weights(keep_T: Tensor | None) -> Tensor:
+        return token_weights(
+            tokens.rollout_T, terms.mask_T, tokens.group_R,
+            aggregation=aggregation, keep_T=keep_T, advantage_R=advantage_R, scale=scale,
+        )  # fmt: skip
+
+    weight_T = weights(tokens.keep_T)
+    of_mean = tuple(replace(term, weight_T=term.weight_T * weight_T) for term in terms.extra_of_mean)
+    if tokens.importance_T is not None:
+        weight_T = weight_T * tokens.importance_T
+    if terms.gradient_T is not None:
+        weight_T = weight_T * terms.gradient_T
+    return PolicyObjective(
+        loss_fn=terms.loss_fn,
+        old_logprob_T=tokens.old_logprob_T,
+        advantage_T=terms.advantage_T,
+        weight_T=weight_T,
+        lengths_R=tokens.lengths_R,
+        mask_T=tokens.mask_T,
+        entropy_coefficient=terms.entropy_coefficient,
+        entropy_weight_T=weights(None) if terms.entropy_coefficient else None,
+        extra=(*terms.extra, *of_mean),
+    )
