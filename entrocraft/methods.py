@@ -13,9 +13,9 @@ averages the tokens (`losses.token_weights`) and whichever rollouts a rule rejec
 
 from __future__ import annotations
 
-import importlib
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
@@ -23,10 +23,32 @@ from torch import Tensor
 
 from entrocraft.kernels.token_stats import TokenStats
 from entrocraft.losses import PPOClip, token_weights
-from entrocraft.objective import PolicyObjective, Term
-from entrocraft.registry import lookup
+from entrocraft.objective import LossFn, PolicyObjective, Term
+from entrocraft.registry import build_from
 
 State = Mapping[str, float]
+
+PPO_CLIP = PPOClip()
+# -r A: no clip of this width ever binds, and a lower one of 1 is none.
+UNCLIPPED = PPOClip(clip_low=1.0, clip_high=1e30, dual_clip=None)
+
+METHODS: dict[str, str] = {
+    "plain": "entrocraft.methods:Plain",
+    "entropy_bonus": "entrocraft.entropy_bonus:EntropyBonus",
+    "adaptive_bonus": "entrocraft.entropy_bonus:AdaptiveBonus",
+    "aent": "entrocraft.entropy_bonus:AEnt",
+    "entropic": "entrocraft.entropic:Entropic",
+    "entropic_parity": "entrocraft.entropic:EntropicParity",
+    "repo": "entrocraft.advantage_shaping:REPO",
+    "repo_r": "entrocraft.advantage_shaping:REPOR",
+    "polarity": "entrocraft.advantage_shaping:Polarity",
+    "adaptive_clip": "entrocraft.adaptive_clip:AdaptiveClip",
+    "clip_cov": "entrocraft.covariance:ClipCov",
+    "kl_cov": "entrocraft.covariance:KLCov",
+    "clip_b": "entrocraft.token_clips:ClipB",
+    "clip_v": "entrocraft.token_clips:ClipV",
+    "flexible_clip": "entrocraft.probability_clip:FlexibleClip",
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,12 +57,14 @@ class Signal:
 
     step, steps: the present optimizer round and their number, from 0. entropy: of the batch under the policy that is
     about to change, nats a token. target: what the schedule asks for at this step, nats; None without a schedule.
+    clamped_entropy: that of AEnt, where it was measured.
     """
 
     step: int
     steps: int
     entropy: float
     target: float | None = None
+    clamped_entropy: float | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -83,7 +107,7 @@ class Terms:
         its least likely tokens, this share of the vocabulary (AEnt); 0: the whole vocabulary's.
     """
 
-    loss_fn: Callable[..., Tensor]
+    loss_fn: LossFn
     advantage_T: Tensor
     mask_T: Tensor
     gradient_T: Tensor | None = None
@@ -112,25 +136,53 @@ class Method(Protocol):
 
 
 class Stateless:
-    """Base of the methods that steer by nothing."""
+    """Base of the methods that steer by nothing, and look at nothing but advantages."""
 
-    needs_current = False
-    needs_collision = False
+    needs_current: bool = False
+    needs_collision: bool = False
 
     def observe(self, state: State, signal: Signal, /) -> State:
         """No state: returns what it was given."""
         return state
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Plain(Stateless):
     """A policy loss and nothing else: PPO-clip, clip-higher, GSPO, CISPO and the like (`policy_losses`)."""
 
-    loss_fn: Callable[..., Tensor] = field(default_factory=PPOClip)
+    loss_fn: LossFn = PPO_CLIP
 
     def terms(self, tokens: Tokens, state: State, /) -> Terms:
         """The loss with the advantages and the mask as they are."""
         return Terms(loss_fn=self.loss_fn, advantage_T=tokens.advantage_T, mask_T=tokens.mask_T)
+
+
+def build(name: str, **arguments: Any) -> Method:
+    """The method of that name, or of the import path `package.module:name`.
+
+    Raises:
+        ValueError: unknown name, a path that cannot be imported, arguments it does not take, values it refuses.
+    """
+    return build_from(METHODS, name, arguments, "method")
+
+
+def check_target(target: float | None) -> None:
+    """Raise ValueError unless target is None or a finite number of nats >= 0."""
+    if target is not None and not 0.0 <= target < math.inf:
+        raise ValueError(f"target = {target!r}: expected nats >= 0, such as 0.5, or None for the schedule's")
+
+
+def target_of(target: float | None, signal: Signal, who: str) -> float:
+    """The method's own target, or that of the schedule.
+
+    Raises:
+        ValueError: neither is given.
+    """
+    if target is not None:
+        return target
+    if signal.target is None:
+        raise ValueError(f"{who} needs a target and there is no schedule; give it target = ..., nats")
+    return signal.target
 
 
 def make_objective(

@@ -9,6 +9,8 @@ from itertools import accumulate, pairwise
 import torch
 from torch import Tensor
 
+LossFn = Callable[..., Tensor]
+
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Term:
@@ -42,7 +44,7 @@ class PolicyObjective:
             lengths_R.
     """
 
-    loss_fn: Callable[..., Tensor]
+    loss_fn: LossFn
     """`PPOClip`, `CISPO` or `GSPO`, or another `loss_fn(logprob_N, old_logprob_N, advantage_N) -> loss_N`. One that has
     `sequence_level = True` gets the lengths of its sequences and their mask besides."""
     old_logprob_T: Tensor
