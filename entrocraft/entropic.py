@@ -65,8 +65,8 @@ class EntropicParity:
         alpha = I + kp e,  then  I <- I + ki e        A' = A + alpha |A|   on every token
 
     Not clamped: |alpha| > 1 turns the sign of an advantage. There A is the raw reward of -1 or +1, so use it with the
-    advantage `reinforce` on signed rewards. Entropy: meant as `Entropic`, but all tokens are weighed alike, and on policy
-    and without clipping a weight on all tokens of one sign moves it by noise alone to first order.
+    advantage `reinforce` on signed rewards. Entropy: meant as `Entropic`, but all tokens are weighed alike, and on
+    policy and without clipping a weight on all tokens of one sign moves it by noise alone to first order.
 
     target: nats, 0.5 in their scripts; None: that of the schedule. State: "alpha", "integral".
     """
