@@ -5,21 +5,21 @@
 
 Sections: correctness of every mode at full size against fp64 on sampled rows and columns; time of each mode beside the
 same matrix products by torch in the same process, and beside eager torch; rows without an upstream gradient; what
-collision sums cost; peak memory; bitwise repeatability; launch tiles worth trying. Needs torch, Triton and this
-package. Writes measure_head.json after each section, so that a run that is cut off leaves what it had, and
-measure_head.md at the end. A section that fails is named, the others go on, and the exit status is 1.
+collision sums cost; peak memory; bitwise repeatability; launch tiles worth trying; compute-sanitizer and Nsight Compute
+where they are installed. Needs torch, Triton and this package. Writes measure_head.json after each section, so that a
+run that is cut off leaves what it had, and measure_head.md at the end. A section that fails is named, the others go on,
+and the exit status is 1.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import statistics
+import shutil
 import subprocess
 import sys
-import time
+import tempfile
 import traceback
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -31,12 +31,12 @@ from head_cases import (
     eager,
     exact_rows,
     exact_weight_grad,
-    make_case,
     relative_error,
     run_mode,
     store_error,
     weighted,
 )
+from stopwatch import Bench, Thunk
 
 from entrocraft.kernels import linear_logprob_entropy
 
@@ -45,80 +45,6 @@ TARGETS = {
     "qwen3_4b": {"statistics": 20.0, "policy_loss": 57.0, "recompute": 73.0, "frozen": 39.0},
     "llama31_8b": {"statistics": 26.0, "policy_loss": 75.0, "recompute": 98.0, "frozen": 51.0},
 }
-SPLIT = 16_384  # columns of the vocabulary that torch multiplies at a time
-Thunk = Callable[[], object]
-
-
-class Bench:
-    """One shape on one device."""
-
-    def __init__(self, shape: str, device: str, rounds: int) -> None:
-        self.shape, self.device, self.rounds = shape, device, rounds
-        self.T, self.H, self.V = SHAPES[shape]
-        self.dtype = torch.bfloat16
-
-    @property
-    def gpu(self) -> bool:
-        return self.device == "cuda"
-
-    def case(self, **more: Any) -> Case:
-        T = more.pop("T", self.T)
-        return make_case(T, self.H, self.V, device=self.device, dtype=self.dtype, **more)
-
-    def times(self, contenders: dict[str, Thunk]) -> dict[str, float]:
-        """Median milliseconds of each, in interleaved rounds after one to warm up; nothing for what runs out of
-        memory."""
-        taken: dict[str, list[float]] = {}
-        for name, thunk in contenders.items():
-            try:
-                thunk()
-                taken[name] = []
-            except torch.OutOfMemoryError:
-                print(f"  {name} does not fit", file=sys.stderr)
-                torch.cuda.empty_cache()
-        for _ in range(self.rounds):
-            for name in taken:
-                taken[name].append(self._time(contenders[name]))
-        return {name: statistics.median(values) for name, values in taken.items()}
-
-    def _time(self, thunk: Thunk) -> float:
-        if not self.gpu:
-            started = time.perf_counter()
-            thunk()
-            return 1e3 * (time.perf_counter() - started)
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        torch.cuda.synchronize()
-        begin.record()
-        thunk()
-        end.record()
-        torch.cuda.synchronize()
-        return begin.elapsed_time(end)
-
-    def products(self, case: Case) -> Thunk:
-        """One product of 2 T V H operations by torch, split by columns as large heads must be."""
-        room = torch.empty(self.T, min(SPLIT, self.V), device=self.device, dtype=self.dtype)
-
-        def product() -> None:
-            with torch.no_grad():
-                for part_VH in case.weight_VH.split(SPLIT):
-                    torch.mm(case.hidden_TH, part_VH.T, out=room[:, : len(part_VH)])
-
-        return product
-
-    def peak_bytes(self, thunk: Thunk) -> int | None:
-        """What a call takes beyond what is there before and what it returns; None where torch does not count."""
-        if not self.gpu:
-            return None
-        thunk()
-        torch.cuda.synchronize()
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        kept = thunk()
-        torch.cuda.synchronize()
-        peak, after = torch.cuda.max_memory_allocated(), torch.cuda.memory_allocated()
-        del kept
-        return peak - max(before, after)
 
 
 def correctness(bench: Bench) -> dict[str, Any]:
@@ -271,7 +197,36 @@ def tiles(bench: Bench) -> dict[str, Any]:
     return found
 
 
-SECTIONS = {run.__name__: run for run in (correctness, speed, zero_rows, memory, repeatability, tiles)}
+def sanitizer(bench: Bench) -> dict[str, Any]:
+    """compute-sanitizer over random small configurations, where the tool is installed."""
+    here = Path(__file__).resolve().parent
+    command = ["compute-sanitizer", "--error-exitcode", "3", sys.executable, here / "stress_head.py", "--count", "20"]
+    return _with_tool(bench, command)
+
+
+def profile(bench: Bench) -> dict[str, Any]:
+    """Nsight Compute's summary of the first two launches of K1 and K3, where the tool is installed and may count."""
+    kernels = "regex:stats_kernel|dlogits_kernel"
+    here = [sys.executable, __file__, "--out", "profiled", "--shapes", bench.shape]
+    command = ["ncu", "--kernel-name", kernels, "--launch-count", "2", *here, "--sections", "speed", "--rounds", "1"]
+    return _with_tool(bench, command)
+
+
+def _with_tool(bench: Bench, command: list[Any]) -> dict[str, Any]:
+    if not bench.gpu:
+        return {"skipped": f"{command[0]} looks at a GPU"}
+    if shutil.which(command[0]) is None:
+        return {"skipped": f"{command[0]} is not on the PATH"}
+    with tempfile.TemporaryDirectory() as folder:
+        run = subprocess.run([*map(str, command)], capture_output=True, text=True, timeout=240, cwd=folder)
+    if run.returncode:
+        raise RuntimeError(f"{command[0]} exited with {run.returncode}: {(run.stdout + run.stderr)[-2000:]}")
+    return {"output": run.stdout[-12_000:].splitlines()}
+
+
+SECTIONS = {
+    run.__name__: run for run in (correctness, speed, zero_rows, memory, repeatability, tiles, sanitizer, profile)
+}
 
 
 def machine(device: str) -> dict[str, Any]:

@@ -21,7 +21,16 @@ def test_every_section_of_the_measurement_runs(tmp_path):
     assert run.returncode == 0, run.stderr
     report = json.loads((tmp_path / "measure_head.json").read_text())
     found = report["shapes"]["tiny"]
-    assert list(found) == ["correctness", "speed", "zero_rows", "memory", "repeatability", "tiles"]
+    assert list(found) == [
+        "correctness",
+        "speed",
+        "zero_rows",
+        "memory",
+        "repeatability",
+        "tiles",
+        "sanitizer",
+        "profile",
+    ]
     for mode in ("statistics", "recompute", "cache", "policy_loss", "frozen", "frozen_entropy"):
         errors = found["correctness"][mode]
         assert 0 < errors["logprob_mean"] < 5e-6 < found["correctness"]["eager_bf16"]["logprob_mean"]

@@ -1,0 +1,87 @@
+"""Time, memory and matrix products of one shape on one device."""
+
+from __future__ import annotations
+
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from head_cases import SHAPES, Case, make_case
+
+SPLIT = 16_384  # columns of the vocabulary that torch multiplies at a time
+Thunk = Callable[[], object]
+
+
+class Bench:
+    """One shape on one device."""
+
+    def __init__(self, shape: str, device: str, rounds: int) -> None:
+        self.shape, self.device, self.rounds = shape, device, rounds
+        self.T, self.H, self.V = SHAPES[shape]
+        self.dtype = torch.bfloat16
+
+    @property
+    def gpu(self) -> bool:
+        return self.device == "cuda"
+
+    def case(self, **more: Any) -> Case:
+        T = more.pop("T", self.T)
+        return make_case(T, self.H, self.V, device=self.device, dtype=self.dtype, **more)
+
+    def times(self, contenders: dict[str, Thunk]) -> dict[str, float]:
+        """Median milliseconds of each, in interleaved rounds after one to warm up; nothing for what runs out of
+        memory."""
+        taken: dict[str, list[float]] = {}
+        for name, thunk in contenders.items():
+            try:
+                thunk()
+                taken[name] = []
+            except torch.OutOfMemoryError:
+                print(f"  {name} does not fit", file=sys.stderr)
+                torch.cuda.empty_cache()
+        for _ in range(self.rounds):
+            for name in taken:
+                taken[name].append(self._time(contenders[name]))
+        return {name: statistics.median(values) for name, values in taken.items()}
+
+    def _time(self, thunk: Thunk) -> float:
+        if not self.gpu:
+            started = time.perf_counter()
+            thunk()
+            return 1e3 * (time.perf_counter() - started)
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda.synchronize()
+        begin.record()
+        thunk()
+        end.record()
+        torch.cuda.synchronize()
+        return begin.elapsed_time(end)
+
+    def products(self, case: Case) -> Thunk:
+        """One product of 2 T V H operations by torch, split by columns as large heads must be."""
+        room = torch.empty(self.T, min(SPLIT, self.V), device=self.device, dtype=self.dtype)
+
+        def product() -> None:
+            with torch.no_grad():
+                for part_VH in case.weight_VH.split(SPLIT):
+                    torch.mm(case.hidden_TH, part_VH.T, out=room[:, : len(part_VH)])
+
+        return product
+
+    def peak_bytes(self, thunk: Thunk) -> int | None:
+        """What a call takes beyond what is there before and what it returns; None where torch does not count."""
+        if not self.gpu:
+            return None
+        thunk()
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        kept = thunk()
+        torch.cuda.synchronize()
+        peak, after = torch.cuda.max_memory_allocated(), torch.cuda.memory_allocated()
+        del kept
+        return peak - max(before, after)
