@@ -7,14 +7,15 @@ Where all rewards of a group are equal the advantages are exactly 0, whatever ro
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from entrocraft.registry import lookup
+from entrocraft.registry import build_from, resolve
 
-Advantage = Callable[[Tensor, Tensor], Tensor]
+# reward_R, group_R, and the tokens of each rollout, which few need.
+Advantage = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 
 _GRPO_EPSILON = 1e-6
 
@@ -27,7 +28,7 @@ class _Groups(NamedTuple):
     count_R: Tensor  # verdicts in the group
 
 
-def grpo(reward_R: Tensor, group_R: Tensor) -> Tensor:
+def grpo(reward_R: Tensor, group_R: Tensor, length_R: Tensor | None = None) -> Tensor:
     """`(R_i - mean_g) / (std_g + 1e-6)` with the sample standard deviation (ddof 1), fp32 `[R]`.
 
     Source: Shao et al., DeepSeekMath (arXiv 2402.03300); ddof and epsilon as verl computes them.
@@ -45,7 +46,7 @@ def grpo(reward_R: Tensor, group_R: Tensor) -> Tensor:
     return (groups.centred_R / scale_R).float()
 
 
-def dr_grpo(reward_R: Tensor, group_R: Tensor) -> Tensor:
+def dr_grpo(reward_R: Tensor, group_R: Tensor, length_R: Tensor | None = None) -> Tensor:
     """`R_i - mean_g`, fp32 `[R]`: no division by the spread, so no extra weight on very easy or hard prompts.
 
     Source: Liu et al., Understanding R1-Zero-Like Training (arXiv 2503.20783); its loss divides by a constant
@@ -54,7 +55,7 @@ def dr_grpo(reward_R: Tensor, group_R: Tensor) -> Tensor:
     return _group_statistics(reward_R, group_R).centred_R.float()
 
 
-def rloo(reward_R: Tensor, group_R: Tensor) -> Tensor:
+def rloo(reward_R: Tensor, group_R: Tensor, length_R: Tensor | None = None) -> Tensor:
     """`R_i - mean of the others = G/(G-1) (R_i - mean_g)`, fp32 `[R]`.
 
     Source: Ahmadian et al., Back to Basics (arXiv 2402.14740). Arguments and errors as `grpo`.
@@ -69,13 +70,18 @@ def rloo(reward_R: Tensor, group_R: Tensor) -> Tensor:
 ADVANTAGES: dict[str, Advantage] = {"grpo": grpo, "dr_grpo": dr_grpo, "rloo": rloo}
 
 
-def build(name: str) -> Advantage:
-    """The estimator of that name.
+def build(name: str, **arguments: Any) -> Advantage:
+    """The estimator of that name, or of the import path `package.module:name`.
 
     Raises:
-        ValueError: unknown name.
+        ValueError: unknown name, a path that cannot be imported, or arguments it does not take.
     """
-    return lookup(ADVANTAGES, name, "advantage estimator")
+    found = resolve(ADVANTAGES, name, "advantage estimator")
+    if isinstance(found, type):
+        return build_from(ADVANTAGES, name, arguments, "advantage estimator")
+    if arguments:
+        raise ValueError(f"advantage estimator {name!r} was given {sorted(arguments)}: it takes no options")
+    return found
 
 
 def _group_statistics(reward_R: Tensor, group_R: Tensor) -> _Groups:

@@ -161,6 +161,11 @@ class EntropyController:
         )
         return _decision(batch, aim, judgement, metrics, stats.logprob_T.device)
 
+    def target(self, step: int, *, entropy: float) -> float:
+        """What the schedule asks for at `step`, nats; `entropy` is where it starts if no batch has been seen yet."""
+        anchor = entropy if self._state.anchor is None else self._state.anchor
+        return self._band.anchored(anchor).target(step)
+
     def forget_prediction(self) -> None:
         """Say that the last decision led to no update (a skipped step), so that no gain is learnt from it."""
         self._state = replace(self._state, predicted=None)

@@ -228,4 +228,5 @@ def make_objective(
         entropy_coefficient=terms.entropy_coefficient,
         entropy_weight_T=weights(None) if terms.entropy_coefficient else None,
         extra=(*terms.extra, *of_mean),
+        clamped_share=terms.clamped_share if terms.entropy_coefficient else 0.0,
     )

@@ -3,7 +3,7 @@
 import math
 from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import accumulate, pairwise
 
 import torch
@@ -63,6 +63,8 @@ class PolicyObjective:
     """Weight of each token's entropy. None: `weight_T`."""
     extra: Sequence[Term] = ()
     """Further terms, of single tokens."""
+    clamped_share: float = 0.0
+    """Above 0, the entropy that is to be given is that of `kernels.clamped_entropy` with this share (AEnt)."""
     _ends: tuple[int, ...] = field(init=False, repr=False, default=())
 
     def __post_init__(self) -> None:
@@ -122,6 +124,49 @@ class PolicyObjective:
             extra_N = term.loss_fn(logprob_N, self.old_logprob_T[rows], term.advantage_T[rows])
             share = share + (term.weight_T[rows] * extra_N).sum()
         return share
+
+    @property
+    def active_T(self) -> Tensor:
+        """bool: tokens with a gradient; the others need not be computed."""
+        active_T = (self.weight_T != 0) & (self.advantage_T != 0)
+        if self.entropy_coefficient:
+            active_T |= (self.weight_T if self.entropy_weight_T is None else self.entropy_weight_T) != 0
+        for term in self.extra:
+            active_T |= term.weight_T != 0
+        return active_T
+
+    def take(self, token_N: Tensor, lengths_R: Sequence[int] | None = None) -> "PolicyObjective":
+        """The share of the tokens with these int64 indices, in their order; whole sequences of `lengths_R` tokens."""
+        picked = {
+            name: None if (value_T := getattr(self, name)) is None else value_T[token_N]
+            for name in ("old_logprob_T", "advantage_T", "weight_T", "mask_T", "entropy_weight_T")
+        }
+        extra = tuple(
+            Term(loss_fn=term.loss_fn, advantage_T=term.advantage_T[token_N], weight_T=term.weight_T[token_N])
+            for term in self.extra
+        )
+        return replace(self, lengths_R=lengths_R, extra=extra, **picked)
+
+    def to(self, device: torch.device | str) -> "PolicyObjective":
+        """The same on another device."""
+        moved = {
+            name: None if (value_T := getattr(self, name)) is None else value_T.to(device)
+            for name in ("old_logprob_T", "advantage_T", "weight_T", "mask_T", "entropy_weight_T")
+        }
+        extra = tuple(
+            Term(loss_fn=term.loss_fn, advantage_T=term.advantage_T.to(device), weight_T=term.weight_T.to(device))
+            for term in self.extra
+        )
+        return replace(self, extra=extra, **moved)
+
+    def clipped(self, logprob_T: Tensor) -> dict[str, Tensor]:
+        """What `loss_fn.clipped` says of all tokens, by name, where a token has a weight; empty if it has no such."""
+        clipped = getattr(self.loss_fn, "clipped", None)
+        if clipped is None:
+            return {}
+        batch = (logprob_T, self.old_logprob_T, self.advantage_T)
+        found = clipped(*batch, self.lengths_R, self.mask_T) if self._sequence_level else clipped(*batch)
+        return {name: value_T & (self.weight_T != 0) for name, value_T in found.items()}
 
     def _lengths_of(self, rows: slice) -> list[int]:
         """The lengths of the sequences that make up these rows."""

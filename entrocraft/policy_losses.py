@@ -2,14 +2,16 @@
 removing gradients."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from entrocraft.losses import LOG_RATIO_LIMIT, checked_log_ratio
+from entrocraft.losses import LOG_RATIO_LIMIT, PPOClip, checked_log_ratio
+from entrocraft.objective import LossFn
+from entrocraft.registry import build_from
 
 
 def _check_clips(clip_low: float, clip_high: float, *, such_as: str) -> None:
@@ -168,3 +170,19 @@ class CISPO:
                 "high": present_T & (ratio_T > 1.0 + self.clip_high),
                 "low": present_T & (ratio_T < 1.0 - self.clip_low),
             }
+
+
+LOSSES: dict[str, Callable[..., LossFn]] = {
+    "ppo_clip": PPOClip,
+    "gspo": GSPO,
+    "cispo": CISPO,
+}
+
+
+def build_loss(name: str, **arguments: Any) -> LossFn:
+    """The policy loss of that name, or of the import path `package.module:name`.
+
+    Raises:
+        ValueError: unknown name, a path that cannot be imported, arguments it does not take, values it refuses.
+    """
+    return build_from(LOSSES, name, arguments, "policy loss")

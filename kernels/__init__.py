@@ -1,5 +1,6 @@
 """Fused linear head: per-token log-probability and full-vocabulary entropy without the logits."""
 
+from entrocraft.kernels.clamped_entropy import clamped_entropy
 from entrocraft.kernels.hf_head import FusedHead
 from entrocraft.kernels.linear_logprob import linear_logprob_entropy, linear_logprob_entropy_reference
 from entrocraft.kernels.linear_policy_loss import linear_policy_loss
@@ -11,6 +12,7 @@ __all__ = [
     "FusedHead",
     "HeadPlan",
     "TokenStats",
+    "clamped_entropy",
     "linear_logprob_entropy",
     "linear_logprob_entropy_reference",
     "linear_policy_loss",

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from entrocraft.kernels.clamped_entropy import clamped_entropy
 from entrocraft.kernels.linear_logprob import linear_logprob_entropy
 from entrocraft.kernels.token_stats import TokenStats
 
@@ -109,21 +110,30 @@ class FusedHead:
         self, hidden_TH: Tensor, target_T: Tensor, *, temperature: float | Tensor = 1.0, **options: Any
     ) -> TokenStats:
         """Statistics of hidden rows [T, H] that are at hand; arguments as for `linear_logprob_entropy`."""
+        hidden_TH, weight_VH, bias_V = self._operands(hidden_TH)
+        return linear_logprob_entropy(
+            hidden_TH, weight_VH, target_T, bias_V=bias_V, **self._bends(temperature), **self.options | options
+        )
+
+    def clamped_entropy(self, hidden_TH: Tensor, *, share: float, temperature: float | Tensor = 1.0) -> Tensor:
+        """Entropy of each row without the least likely `share` of the vocabulary; as the function of that name."""
+        hidden_TH, weight_VH, bias_V = self._operands(hidden_TH)
+        return clamped_entropy(hidden_TH, weight_VH, share=share, bias_V=bias_V, **self._bends(temperature))
+
+    def _operands(self, hidden_TH: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Hidden rows, weight and bias in the dtype that autocast asks for."""
         weight_VH, bias_V = self.head_parameters()
         device_type = hidden_TH.device.type
         if torch.is_autocast_enabled(device_type):
             dtype = torch.get_autocast_dtype(device_type)
             hidden_TH, weight_VH = hidden_TH.to(dtype), weight_VH.to(dtype)
             bias_V = None if bias_V is None else bias_V.to(dtype)
-        return linear_logprob_entropy(
-            hidden_TH,
-            weight_VH,
-            target_T,
-            bias_V=bias_V,
-            temperature=temperature / self.scale,
-            softcap=None if self.softcap is None else self.softcap / self.scale,
-            **self.options | options,
-        )
+        return hidden_TH, weight_VH, bias_V
+
+    def _bends(self, temperature: float | Tensor) -> dict[str, Any]:
+        """Temperature and softcap with the model's own logit scale in them."""
+        softcap = None if self.softcap is None else self.softcap / self.scale
+        return {"temperature": temperature / self.scale, "softcap": softcap}
 
     def head_parameters(self) -> tuple[Tensor, Tensor | None]:
         """Weight [V, H] and bias [V] or None of the model's head."""

@@ -196,7 +196,20 @@ class LossConfig:
     """Advantages, policy loss and how it is averaged."""
 
     advantage: str = "grpo"
-    """`grpo`, `dr_grpo` or `rloo`."""
+    """How rewards become advantages: `grpo`, `dr_grpo`, `rloo`, ... (`entrocraft.advantages`), or an import path
+    `package.module:function`."""
+    advantage_options: dict[str, float] = field(default_factory=dict)
+    """Arguments of the advantage estimator, such as `{weight: 0.1}`."""
+    policy: str = "ppo_clip"
+    """The loss of a token: `ppo_clip`, `gspo`, `cispo`, ... (`entrocraft.policy_losses`), or an import path. The three
+    clips below are those of `ppo_clip`."""
+    policy_options: dict[str, float | None] = field(default_factory=dict)
+    """Arguments of another policy loss, such as `{clip_low: 3e-4}` for `gspo`."""
+    method: str = "plain"
+    """What else the loss is made of: `plain` for nothing, `entropy_bonus`, `entropic`, `clip_cov`, ...
+    (`entrocraft.methods`), or an import path."""
+    method_options: dict[str, float | str | bool | None] = field(default_factory=dict)
+    """Arguments of the method, such as `{coefficient: 0.003}`; a target that is not given is the schedule's."""
     clip_low: float = 0.2
     """PPO: probability ratios below 1 - clip_low stop counting for negative advantages."""
     clip_high: float = 0.2
@@ -211,6 +224,12 @@ class LossConfig:
 
     def __post_init__(self) -> None:
         _require(self.passes > 0, "loss.passes", self.passes, "a positive number")
+        _require(
+            not self.policy_options or self.policy != "ppo_clip",
+            "loss.policy_options",
+            self.policy_options,
+            "nothing beside loss.policy = 'ppo_clip', whose clips are loss.clip_low, clip_high and dual_clip",
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -242,7 +261,9 @@ class EntropyConfig:
     """`paper_v1`, `paper_v2` or `paper_code`: sets rule and aggregation as the source has them. Excludes
     `entropy.rule`."""
     rule: str | None = None
-    """`none`, `soft`, `hard`, `switch`, `first_order` or `budget`."""
+    """`none`, `soft`, `hard`, `switch`, `first_order`, `budget`, ... (`entrocraft.rules`), or an import path."""
+    rule_options: dict[str, float | str | bool] = field(default_factory=dict)
+    """Further arguments of the rule."""
     level: Literal["sequence", "token"] = "sequence"
     """`first_order` and `budget`: reject whole rollouts or single tokens."""
     gamma: float | None = None

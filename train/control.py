@@ -1,9 +1,12 @@
-"""Turns the `entropy` part of a configuration into a schedule and a controller."""
+"""Turns a configuration into a schedule, a controller, and the method that makes the loss."""
 
+import dataclasses
 import importlib
 
-from entrocraft import EntropyController, losses, rules, schedules
+from entrocraft import EntropyController, losses, methods, rules, schedules
+from entrocraft.registry import resolve
 from entrocraft.train.config import Config, ScheduleConfig
+from entrocraft.train.step import policy_loss
 
 Schedule = schedules.Schedule
 
@@ -56,7 +59,8 @@ def build_controller(config: Config, *, vocab_size: int) -> tuple[EntropyControl
             "budget": {"level": entropy.level},
         }
         name = entropy.rule if entropy.rule is not None else "none"
-        rule, aggregation = rules.build(name, **options.get(name, {})), config.loss.aggregation or "token_mean"
+        rule = rules.build(name, **options.get(name, {}), **entropy.rule_options)
+        aggregation = config.loss.aggregation or "token_mean"
         _check_predictable(rule, name, aggregation)
     controller = EntropyController(
         build_schedule(entropy.schedule, config.optimizer.steps),
@@ -71,6 +75,24 @@ def build_controller(config: Config, *, vocab_size: int) -> tuple[EntropyControl
         last_step=config.optimizer.steps,
     )
     return controller, aggregation
+
+
+def build_method(config: Config) -> methods.Method:
+    """The configured method, on the configured policy loss where it is built on one.
+
+    Raises ValueError for an unknown name, naming the nearest, for arguments it does not take, and for a policy loss
+    that is configured and would not be used.
+    """
+    loss = config.loss
+    make = resolve(methods.METHODS, loss.method, "method (loss.method)")
+    takes = dataclasses.is_dataclass(make) and "loss_fn" in {field.name for field in dataclasses.fields(make)}
+    if not takes and loss.policy != "ppo_clip":
+        raise ValueError(
+            f"loss.policy = {loss.policy!r}: loss.method = {loss.method!r} has a policy loss of its own; leave "
+            "loss.policy alone"
+        )
+    given = {"loss_fn": policy_loss(config)} if takes else {}
+    return methods.build(loss.method, **given, **loss.method_options)
 
 
 def _check_predictable(rule: rules.Rule, name: str, aggregation: str) -> None:

@@ -127,6 +127,15 @@ class Policy:
             collision=collision,
         )
 
+    def stats_and_clamped_entropy(self, batch: MicroBatch, token_T: Tensor, share: float) -> tuple[TokenStats, Tensor]:
+        """As `token_stats`, and the entropy of each row without the least likely `share` of the vocabulary (AEnt)."""
+        target_N = token_T[batch.token_N].to(self.device)
+        batch = batch.to(self.device)
+        hidden_BLH = self.head.hidden(input_ids=batch.input_BL, position_ids=batch.position_BL)
+        hidden_NH = hidden_BLH.flatten(0, -2).index_select(0, batch.source_N)
+        stats = self.head.stats(hidden_NH, target_N, temperature=self.temperature)
+        return stats, self.head.clamped_entropy(hidden_NH, share=share, temperature=self.temperature)
+
     @torch.no_grad()
     def score(self, rollouts: Rollouts, tokens_per_microbatch: int) -> TokenStats:
         """Statistics, collision sums included, of all T response tokens in the rollouts' own order, on the CPU."""

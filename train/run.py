@@ -10,19 +10,20 @@ import yaml
 
 from entrocraft import Decision, Rollouts, TokenStats
 from entrocraft.advantages import build as build_advantage
-from entrocraft.losses import AGGREGATIONS, token_weights
+from entrocraft.losses import AGGREGATIONS
+from entrocraft.methods import Signal, State
 from entrocraft.registry import lookup
 from entrocraft.train.checkpoint import CheckpointFolder
 from entrocraft.train.config import Config
 from entrocraft.train.config_reader import differences, save_config, to_dict
-from entrocraft.train.control import build_controller
+from entrocraft.train.control import build_controller, build_method
 from entrocraft.train.data import Problem, PromptOrder, drop_long, encode_prompts, load_problems
 from entrocraft.train.errors import NonFiniteError, TrainingStopped
 from entrocraft.train.metrics import EVENTS_FILE, METRICS_FILE, MetricsLog
 from entrocraft.train.policy import Policy, choose_device
 from entrocraft.train.rewards import load_reward
 from entrocraft.train.sampling import HuggingFaceEngine
-from entrocraft.train.step import loss_scale, policy_loss
+from entrocraft.train.step import Learning
 
 # First entry after the seed of each random stream: what is drawn for one purpose never depends on what another drew.
 SAMPLE, EVALUATE = 1, 2
@@ -82,9 +83,10 @@ class Run:
         self.checkpoints = CheckpointFolder(self.dir, keep=config.checkpoint.keep)
         self._refuse_or_compare()
         # Mistakes first, slow things after.
-        policy_loss(config)
+        self.method = build_method(config)
+        self.method_state: State = {}
         load_reward(config.reward.name)
-        self.advantage = build_advantage(config.loss.advantage)
+        self.advantage = build_advantage(config.loss.advantage, **config.loss.advantage_options)
         torch.manual_seed(config.seed)
         device = choose_device(config.device)
         self.policy = Policy.load(
@@ -162,6 +164,7 @@ class Run:
         self.step, self.samples, self.bad_in_a_row = state["step"], state["samples"], state["bad_in_a_row"]
         self.order.load_state_dict(state["order"])
         self.controller.load_state_dict(state["controller"])
+        self.method_state = state["method"]
         return self.step
 
     def begin(self, resumed: int | None) -> None:
@@ -200,6 +203,7 @@ class Run:
             "bad_in_a_row": self.bad_in_a_row,
             "order": self.order.state_dict(),
             "controller": self.controller.state_dict(),
+            "method": dict(self.method_state),
         }
         return self.checkpoints.save(self.step, self.policy.model, self.optimizer, state)
 
@@ -211,23 +215,31 @@ class Run:
             group["lr"] = lr
         return lr
 
-    def decide(self, rollouts: Rollouts, stats: TokenStats, reward_R: torch.Tensor) -> Decision:
-        """Advantages, then the controller's verdict on every rollout.
+    def decide(self, rollouts: Rollouts, stats: TokenStats, reward_R: torch.Tensor) -> tuple[Decision, Learning]:
+        """Advantages, then the method's look at the entropy, then the controller's verdict on every rollout.
 
         The predicted entropy change uses the gradient of the loss that is about to be taken, at the scored policy.
         """
-        advantage_R = self.advantage(reward_R, rollouts.group_R)
-        advantage_T = advantage_R[rollouts.rollout_T]
-        loss = policy_loss(self.config)
-        weight_T = token_weights(
-            rollouts.rollout_T,
-            rollouts.mask_T,
-            rollouts.group_R,
-            aggregation=self.aggregation,
-            advantage_R=advantage_R,
-            scale=loss_scale(self.aggregation, self.config, rollouts.R),
+        advantage_R = self.advantage(reward_R, rollouts.group_R, rollouts.length_R)
+        entropy = float(stats.entropy_T[rollouts.mask_T].double().mean())
+        signal = Signal(
+            step=self.step - 1,
+            steps=self.config.optimizer.steps,
+            entropy=entropy,
+            target=self.controller.target(self.step, entropy=entropy),
         )
-        return self.controller.decide(
+        self.method_state = self.method.observe(self.method_state, signal)
+        members = getattr(self.advantage, "members", None)
+        learning = Learning(
+            method=self.method,
+            state=self.method_state,
+            aggregation=self.aggregation,
+            config=self.config,
+            step=self.step,
+            member_R=None if members is None else members(reward_R, rollouts.group_R),
+        )
+        objective = learning.objective(rollouts, stats, stats.logprob_T, advantage_R, None, learning.member_R)
+        decision = self.controller.decide(
             step=self.step,
             stats=stats,
             rollout_T=rollouts.rollout_T,
@@ -235,10 +247,11 @@ class Run:
             advantage_R=advantage_R,
             reward_R=reward_R,
             mask_T=rollouts.mask_T,
-            loss_fn=lambda logprob_T: (weight_T * loss(logprob_T, stats.logprob_T, advantage_T)).sum(),
+            loss_fn=lambda logprob_T: objective(logprob_T, stats.entropy_T, slice(0, len(logprob_T))),
             temperature=self.config.sampling.temperature,
             sample_R=rollouts.sample_R,
         )
+        return decision, learning
 
     def evaluation_options(self) -> dict[str, Any]:
         """Keyword arguments of `evaluate` for the present step."""

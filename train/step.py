@@ -1,7 +1,7 @@
 """One training step's update: rollouts and a decision in, a better policy out.
 
 The share of each optimizer update is fixed before anything is dropped, and so are the weights of its tokens; a rollout
-whose weight or advantage is zero adds nothing to the loss, so it is never run through the model.
+whose tokens have no gradient adds nothing to the loss, so it is never run through the model.
 """
 
 import math
@@ -10,34 +10,71 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from entrocraft import Decision, Rollouts, TokenStats
-from entrocraft.losses import PPOClip, token_weights
+from entrocraft import Decision, PolicyObjective, Rollouts, TokenStats
+from entrocraft.losses import PPOClip
+from entrocraft.methods import Method, State, Tokens, make_objective
+from entrocraft.objective import LossFn
+from entrocraft.policy_losses import build_loss
 from entrocraft.train.config import Config
 from entrocraft.train.errors import NonFiniteError
 from entrocraft.train.packing import pack
 from entrocraft.train.policy import Policy
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Learning:
+    """How a step's rollouts become losses: the method with its state at this step, and how tokens are averaged."""
+
+    method: Method
+    state: State
+    aggregation: str
+    config: Config
+    step: int
+    member_R: Tensor | None = None
+    """bool: rollouts that the advantage estimator leaves in the batch at all. None: every one."""
+
+    def objective(
+        self, rollouts: Rollouts, stats: TokenStats, old_logprob_T: Tensor, advantage_R: Tensor, keep_T: Tensor | None,
+        member_R: Tensor | None = None,
+    ) -> PolicyObjective:  # fmt: skip
+        """The loss of some rollouts as one optimizer update; `stats` are those of the policy it changes."""
+        mask_T = rollouts.mask_T if member_R is None else rollouts.mask_T & member_R[rollouts.rollout_T]
+        tokens = Tokens(
+            stats=stats,
+            old_logprob_T=old_logprob_T,
+            advantage_T=advantage_R[rollouts.rollout_T],
+            mask_T=mask_T,
+            rollout_T=rollouts.rollout_T,
+            group_R=rollouts.group_R,
+            keep_T=keep_T,
+            seed=self.config.seed,
+            step=self.step,
+        )
+        scale = loss_scale(self.aggregation, self.config, rollouts.R)
+        return make_objective(
+            self.method, tokens, self.state, aggregation=self.aggregation, advantage_R=advantage_R, scale=scale
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Share:
-    """What one optimizer update sees: some prompts' rollouts, with everything the loss needs of them."""
+    """What one optimizer update sees: some prompts' rollouts, and their loss."""
 
     rollouts: Rollouts
-    weight_T: Tensor
-    """fp32: the loss is sum_T weight_T loss_T."""
-    old_logprob_T: Tensor
-    advantage_T: Tensor
+    objective: PolicyObjective
 
     @property
     def active(self) -> list[int]:
         """Rollouts with a gradient."""
-        signal_T = (self.weight_T != 0) & (self.advantage_T != 0)
-        return torch.unique(self.rollouts.rollout_T[signal_T]).tolist()
+        return torch.unique(self.rollouts.rollout_T[self.objective.active_T]).tolist()
 
 
-def policy_loss(config: Config) -> PPOClip:
+def policy_loss(config: Config) -> LossFn:
     """The configured loss of one token."""
-    return PPOClip(clip_low=config.loss.clip_low, clip_high=config.loss.clip_high, dual_clip=config.loss.dual_clip)
+    loss = config.loss
+    if loss.policy == "ppo_clip":
+        return PPOClip(clip_low=loss.clip_low, clip_high=loss.clip_high, dual_clip=loss.dual_clip)
+    return build_loss(loss.policy, **loss.policy_options)
 
 
 def loss_scale(aggregation: str, config: Config, rollouts: int) -> float | None:
@@ -47,30 +84,34 @@ def loss_scale(aggregation: str, config: Config, rollouts: int) -> float | None:
 
 
 def make_share(
-    rollouts: Rollouts, stats: TokenStats, decision: Decision, chosen_R: Tensor, config: Config, aggregation: str
+    learning: Learning,
+    rollouts: Rollouts,
+    stats: TokenStats,
+    decision: Decision,
+    chosen_R: Tensor,
+    *,
+    moved: Policy | None = None,
 ) -> Share:
-    """The rollouts where the bool `chosen_R` is True, weighed as one optimizer update."""
-    chosen_T = chosen_R[rollouts.rollout_T]
-    part = rollouts.select(chosen_R)
-    advantage_R = decision.advantage_R[chosen_R]
-    weight_T = token_weights(
-        part.rollout_T,
-        part.mask_T,
-        part.group_R,
-        aggregation=aggregation,
-        keep_T=decision.keep_T[chosen_T],
-        advantage_R=advantage_R,
-        scale=loss_scale(aggregation, config, part.R),
+    """The rollouts where the bool `chosen_R` is True, weighed as one optimizer update.
+
+    moved: the policy, where it is no longer what `stats` scored; it scores again if the method looks at where it is.
+    """
+    part, old = rollouts.select(chosen_R), stats.index(chosen_R[rollouts.rollout_T].nonzero()[:, 0])
+    now = old
+    if moved is not None and learning.method.needs_current:
+        now = moved.score(part, learning.config.batch.tokens_per_microbatch)
+    objective = learning.objective(
+        part,
+        now,
+        old.logprob_T,
+        decision.advantage_R[chosen_R],
+        decision.keep_T[chosen_R[rollouts.rollout_T]],
+        None if learning.member_R is None else learning.member_R[chosen_R],
     )
-    return Share(
-        rollouts=part,
-        weight_T=weight_T,
-        old_logprob_T=stats.logprob_T[chosen_T],
-        advantage_T=advantage_R[part.rollout_T],
-    )
+    return Share(rollouts=part, objective=objective)
 
 
-def accumulate(policy: Policy, share: Share, loss: PPOClip, tokens_per_microbatch: int) -> dict[str, float]:
+def accumulate(policy: Policy, share: Share, tokens_per_microbatch: int) -> dict[str, float]:
     """Adds the gradient of the share's loss to the parameters; returns sums over its running tokens, for the metrics.
 
     The result does not depend on `tokens_per_microbatch` beyond rounding. Raises NonFiniteError for a NaN or infinite
@@ -78,19 +119,23 @@ def accumulate(policy: Policy, share: Share, loss: PPOClip, tokens_per_microbatc
     """
     sums = {"loss": 0.0, "tokens": 0.0, "low": 0.0, "high": 0.0, "dual": 0.0, "kl": 0.0}
     for batch in pack(share.rollouts, share.active, tokens_per_microbatch):
-        weight_N, old_N = share.weight_T[batch.token_N], share.old_logprob_T[batch.token_N]
-        advantage_N = share.advantage_T[batch.token_N]
-        weight_N, old_N, advantage_N = (x.to(policy.device) for x in (weight_N, old_N, advantage_N))
-        logprob_N = policy.token_stats(batch, share.rollouts.token_T).logprob_T
-        total = (weight_N * loss(logprob_N, old_N, advantage_N)).sum()
+        _, lengths = torch.unique_consecutive(share.rollouts.rollout_T[batch.token_N], return_counts=True)
+        objective = share.objective.take(batch.token_N, lengths.tolist()).to(policy.device)
+        if objective.clamped_share:
+            stats, entropy_N = policy.stats_and_clamped_entropy(batch, share.rollouts.token_T, objective.clamped_share)
+        else:
+            stats = policy.token_stats(batch, share.rollouts.token_T)
+            entropy_N = stats.entropy_T
+        logprob_N = stats.logprob_T
+        total = objective(logprob_N, entropy_N, slice(0, len(logprob_N)))
         if not torch.isfinite(total):
-            raise NonFiniteError(f"the loss of {len(weight_N)} tokens is {total.item()}")
+            raise NonFiniteError(f"the loss of {len(logprob_N)} tokens is {total.item()}")
         total.backward()
-        counted_N = weight_N != 0
-        for name, clipped_N in loss.clipped(logprob_N.detach(), old_N, advantage_N).items():
-            sums[name] += (clipped_N & counted_N).sum().item()
+        for name, clipped_N in objective.clipped(logprob_N.detach()).items():
+            sums[name] += clipped_N.sum().item()
         # k3 estimator of KL(old || new), Schulman 2020: non-negative for every token.
-        log_ratio_N = (logprob_N.detach() - old_N)[counted_N]
+        counted_N = objective.weight_T != 0
+        log_ratio_N = (logprob_N.detach() - objective.old_logprob_T)[counted_N]
         sums["kl"] += (log_ratio_N.exp() - 1 - log_ratio_N).sum().item()
         sums["loss"] += total.item()
         sums["tokens"] += counted_N.sum().item()
@@ -103,8 +148,7 @@ def update(
     rollouts: Rollouts,
     stats: TokenStats,
     decision: Decision,
-    config: Config,
-    aggregation: str,
+    learning: Learning,
 ) -> dict[str, float]:
     """Makes `loss.passes` x `batch.updates_per_step` optimizer updates from one step's rollouts; returns metrics.
 
@@ -112,21 +156,22 @@ def update(
     NonFiniteError when a loss or the gradient norm is not finite: that update is not made, those before it in the step
     stay, and the message says how many.
     """
-    loss = policy_loss(config)
+    config = learning.config
     shares = torch.arange(rollouts.P).tensor_split(config.batch.updates_per_step)
     sums: dict[str, float] = dict.fromkeys(("loss", "tokens", "low", "high", "dual", "kl"), 0.0)
     norms: list[float] = []
     empty = 0
-    policy.model.train()
     for _ in range(config.loss.passes):
         for groups in shares:
-            share = make_share(rollouts, stats, decision, torch.isin(rollouts.group_R, groups), config, aggregation)
+            chosen_R = torch.isin(rollouts.group_R, groups)
+            share = make_share(learning, rollouts, stats, decision, chosen_R, moved=policy if norms else None)
             if not share.active:
                 empty += 1
                 continue
+            policy.model.train()
             optimizer.zero_grad(set_to_none=True)
             try:
-                shares_sums = accumulate(policy, share, loss, config.batch.tokens_per_microbatch)
+                shares_sums = accumulate(policy, share, config.batch.tokens_per_microbatch)
             except NonFiniteError as error:
                 raise NonFiniteError(f"{error}, after {len(norms)} updates of this step") from None
             for name, value in shares_sums.items():

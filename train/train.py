@@ -48,9 +48,10 @@ def train_step(run: Run, pool: RewardPool, log: MetricsLog, say: Callable[[str],
         stats = run.policy.score(rollouts, config.batch.tokens_per_microbatch)
         check_finite(stats)
         clock.lap("score")
-        decision = run.decide(rollouts, stats, rewards.reward_R)
+        decision, learning = run.decide(rollouts, stats, rewards.reward_R)
         row |= {**decision.metrics, "reason": decision.reason}
-        row |= update(run.policy, run.optimizer, rollouts, stats, decision, config, run.aggregation)
+        row |= {f"method_{name}": value for name, value in learning.state.items()}
+        row |= update(run.policy, run.optimizer, rollouts, stats, decision, learning)
         row["effective_samples"] = (decision.keep_R & (decision.advantage_R != 0)).sum().item()
         run.bad_in_a_row = 0
     except NonFiniteError as error:

@@ -57,7 +57,7 @@ def _loss(method, logits_TV: Tensor, token_T: Tensor, tokens: Tokens, state, agg
     objective = make_objective(method, tokens, state, aggregation=aggregation)
     stats = _stats(logits_TV, token_T)
     pieces = [slice(a, b) for a, b in pairwise(cuts)]
-    return sum(objective(stats.logprob_T[rows], stats.entropy_T[rows], rows) for rows in pieces)
+    return torch.stack([objective(stats.logprob_T[rows], stats.entropy_T[rows], rows) for rows in pieces]).sum()
 
 
 def _entropy_change(method, state, seed: int = 0) -> float:

@@ -7,10 +7,11 @@ import torch
 
 from entrocraft import Decision
 from entrocraft.train.config import BatchConfig, Config, LossConfig, OptimizerConfig, SamplingConfig, TinyModelConfig
+from entrocraft.train.control import build_method
 from entrocraft.train.errors import NonFiniteError
 from entrocraft.train.policy import Policy
 from entrocraft.train.sampling import HuggingFaceEngine
-from entrocraft.train.step import accumulate, make_share, policy_loss, update
+from entrocraft.train.step import Learning, accumulate, make_share, update
 from entrocraft.train.tiny_model import build_tiny_model
 
 PROMPTS = [(5, 6, 7), (9, 10), (30, 31, 32, 33)]
@@ -24,6 +25,14 @@ def make_config(**loss):
         loss=LossConfig(**loss),
         optimizer=OptimizerConfig(lr=0.1, grad_clip=1e9),
     )
+
+
+def learning(config, aggregation="token_mean", **changes):
+    arguments = {"method": build_method(config), "state": {}, "aggregation": aggregation, "step": 1} | changes
+    return Learning(config=config, **arguments)
+
+
+ALL = torch.ones(12, dtype=torch.bool)
 
 
 @pytest.fixture
@@ -107,8 +116,8 @@ def test_loss_and_gradient_equal_a_plain_loop(batch, aggregation, budget):
     policy, rollouts, stats, decision = batch
     expected, gradients = plain_gradient(policy, rollouts, stats, decision, aggregation)
     policy.model.zero_grad()
-    share = make_share(rollouts, stats, decision, torch.ones(12, dtype=torch.bool), make_config(), aggregation)
-    sums = accumulate(policy, share, policy_loss(make_config()), budget)
+    share = make_share(learning(make_config(), aggregation), rollouts, stats, decision, ALL)
+    sums = accumulate(policy, share, budget)
     # Weights are fp32 by contract: each token's share is rounded by 6e-8 of itself before the sum, whose terms are of
     # the size of the largest entries where they cancel.
     assert sums["loss"] == pytest.approx(expected, rel=1e-6, abs=1e-7)
@@ -118,7 +127,7 @@ def test_loss_and_gradient_equal_a_plain_loop(batch, aggregation, budget):
 
 def test_rollouts_without_a_gradient_are_never_run(batch):
     _, rollouts, stats, decision = batch
-    share = make_share(rollouts, stats, decision, torch.ones(12, dtype=torch.bool), make_config(), "token_mean")
+    share = make_share(learning(make_config()), rollouts, stats, decision, ALL)
     assert share.active == [0, 1, 3, 4, 7, 9, 10, 11]  # 2, 5, 6 rejected; 8 has advantage 0
 
 
@@ -130,16 +139,16 @@ def test_two_updates_equal_two_halves_one_after_the_other(batch):
         config, batch=BatchConfig(prompts_per_step=3, samples_per_prompt=GROUP, updates_per_step=3)
     )
     optimizer = torch.optim.SGD(policy.model.parameters(), lr=0.1)
-    metrics = update(policy, optimizer, rollouts, stats, decision, config, "token_mean")
+    metrics = update(policy, optimizer, rollouts, stats, decision, learning(config))
     assert metrics["updates"] == 3
     together = [p.detach().clone() for p in policy.model.parameters()]
     with torch.no_grad():
         for p, value in zip(policy.model.parameters(), start, strict=True):
             p.copy_(value)
     for g in range(3):
-        share = make_share(rollouts, stats, decision, rollouts.group_R == g, config, "token_mean")
+        share = make_share(learning(config), rollouts, stats, decision, rollouts.group_R == g)
         optimizer.zero_grad()
-        accumulate(policy, share, policy_loss(config), 512)
+        accumulate(policy, share, 512)
         optimizer.step()
     for p, value in zip(policy.model.parameters(), together, strict=True):
         torch.testing.assert_close(p.detach(), value, rtol=1e-9, atol=1e-12)
@@ -150,7 +159,7 @@ def test_everything_rejected_leaves_the_policy_alone_and_is_counted(batch):
     start = [p.detach().clone() for p in policy.model.parameters()]
     nothing = dataclasses.replace(decision, advantage_R=torch.zeros(12))
     optimizer = torch.optim.AdamW(policy.model.parameters(), lr=0.1)
-    metrics = update(policy, optimizer, rollouts, stats, nothing, make_config(passes=2), "token_mean")
+    metrics = update(policy, optimizer, rollouts, stats, nothing, learning(make_config(passes=2)))
     assert (metrics["updates"], metrics["updates_empty"], metrics["loss"]) == (0, 2, 0)
     assert all(torch.equal(p, q) for p, q in zip(policy.model.parameters(), start, strict=True))
 
@@ -161,15 +170,15 @@ def test_nan_raises_before_the_policy_moves(batch):
     poisoned = dataclasses.replace(stats, logprob_T=stats.logprob_T.where(rollouts.rollout_T != 3, float("nan")))
     optimizer = torch.optim.SGD(policy.model.parameters(), lr=0.1)
     with pytest.raises(NonFiniteError, match=r"the loss of \d+ tokens is nan"):
-        update(policy, optimizer, rollouts, poisoned, decision, make_config(), "token_mean")
+        update(policy, optimizer, rollouts, poisoned, decision, learning(make_config()))
     assert all(torch.equal(p, q) for p, q in zip(policy.model.parameters(), start, strict=True))
 
 
 def test_clip_fractions_and_kl_against_numpy(batch):
     policy, rollouts, stats, decision = batch
-    share = make_share(rollouts, stats, decision, torch.ones(12, dtype=torch.bool), make_config(), "token_mean")
+    share = make_share(learning(make_config()), rollouts, stats, decision, ALL)
     now_T = policy.score(rollouts, 512).logprob_T
-    sums = accumulate(policy, share, policy_loss(make_config()), 512)
+    sums = accumulate(policy, share, 512)
     running = torch.isin(rollouts.rollout_T, torch.tensor(share.active))
     log_ratio = (now_T - stats.logprob_T)[running].numpy()
     advantage = decision.advantage_R[rollouts.rollout_T][running].numpy()
