@@ -6,16 +6,23 @@ one with a verdict, has nothing to be compared with: baseline 0 and scale 1, its
 Where all rewards of a group are equal the advantages are exactly 0, whatever rounding the mean has.
 """
 
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from entrocraft.registry import build_from, resolve
 
-# reward_R, group_R, and the tokens of each rollout, which few need.
-Advantage = Callable[[Tensor, Tensor, Tensor | None], Tensor]
+
+class Advantage(Protocol):
+    """What turns rewards into advantages: `(reward_R, group_R, length_R) -> advantage_R`, fp32.
+
+    length_R, the counted tokens of each rollout, is None where the caller does not know them. An estimator that takes
+    rollouts out of the batch, denominators included, has a method `members(reward_R, group_R) -> bool R` besides.
+    """
+
+    def __call__(self, reward_R: Tensor, group_R: Tensor, length_R: Tensor | None = None, /) -> Tensor: ...
+
 
 _GRPO_EPSILON = 1e-6
 

@@ -2,23 +2,45 @@
 removing gradients."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from entrocraft.losses import LOG_RATIO_LIMIT, PPOClip, checked_log_ratio
-from entrocraft.objective import LossFn
-from entrocraft.registry import build_from
+from entrocraft.losses import LOG_RATIO_LIMIT, checked_log_ratio
 
 
-def _check_clips(clip_low: float, clip_high: float, *, such_as: str) -> None:
+def check_clips(clip_low: float, clip_high: float, *, such_as: str) -> None:
     if not 0.0 < clip_low <= 1.0:
         raise ValueError(f"clip_low = {clip_low!r}: expected 0 < clip_low <= 1, such as {such_as.split()[0]}")
     if not 0.0 < clip_high < math.inf:
         raise ValueError(f"clip_high = {clip_high!r}: expected a finite clip_high > 0, such as {such_as.split()[1]}")
+
+
+def sequence_mean(value_T: Tensor, lengths_R: Sequence[int], mask_T: Tensor | None) -> Tensor:
+    """For each token the mean of `value_T` over its sequence's tokens in the mask, without gradient; 0 over none.
+
+    Summed in fp64, so that a mean over thousands of tokens is known far better than a sequence's clips are wide.
+
+    Raises:
+        ValueError: lengths_R does not sum to T, or mask_T is not bool of that shape.
+    """
+    T = len(value_T)
+    if sum(lengths_R) != T:
+        raise ValueError(f"lengths_R sums to {sum(lengths_R)}; expected {T}, as many tokens as logprob_T has")
+    if mask_T is not None and (mask_T.shape != value_T.shape or mask_T.dtype != torch.bool):
+        raise ValueError(
+            f"mask_T is {mask_T.dtype} {tuple(mask_T.shape)}; expected bool {tuple(value_T.shape)} like logprob_T"
+        )
+    counted_T = torch.ones_like(value_T, dtype=torch.float64) if mask_T is None else mask_T.double()
+    summed_T = value_T.detach().double().where(counted_T > 0, 0.0)
+    length_R = torch.tensor(lengths_R, dtype=torch.int64, device=value_T.device)
+    total_R, count_R = (
+        torch.segment_reduce(one_T, "sum", lengths=length_R, unsafe=True) for one_T in (summed_T, counted_T)
+    )
+    return (total_R / count_R.clamp(min=1.0)).repeat_interleave(length_R, output_size=T).to(value_T.dtype)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,7 +67,7 @@ class GSPO:
     clip_high: float = 4e-4
 
     def __post_init__(self) -> None:
-        _check_clips(self.clip_low, self.clip_high, such_as="3e-4 4e-4")
+        check_clips(self.clip_low, self.clip_high, such_as="3e-4 4e-4")
 
     def __call__(
         self,
@@ -105,22 +127,8 @@ class GSPO:
     ) -> Tensor:
         """log s_t before the clamp."""
         log_ratio_T = checked_log_ratio(logprob_T, old_logprob_T, advantage_T)
-        T = len(logprob_T)
-        if sum(lengths_R) != T:
-            raise ValueError(f"lengths_R sums to {sum(lengths_R)}; expected {T}, as many tokens as logprob_T has")
-        if mask_T is not None and (mask_T.shape != logprob_T.shape or mask_T.dtype != torch.bool):
-            raise ValueError(
-                f"mask_T is {mask_T.dtype} {tuple(mask_T.shape)}; expected bool {tuple(logprob_T.shape)} like logprob_T"
-            )
-        # In fp64, so that a mean over thousands of tokens is known far better than the clips are wide.
-        counted_T = torch.ones_like(log_ratio_T, dtype=torch.float64) if mask_T is None else mask_T.double()
-        summed_T = log_ratio_T.detach().double().where(counted_T > 0, 0.0)
-        length_R = torch.tensor(lengths_R, dtype=torch.int64, device=logprob_T.device)
-        total_R, count_R = (
-            torch.segment_reduce(value_T, "sum", lengths=length_R, unsafe=True) for value_T in (summed_T, counted_T)
-        )
-        mean_T = (total_R / count_R.clamp(min=1.0)).repeat_interleave(length_R, output_size=T)
-        return mean_T.to(log_ratio_T.dtype) + (logprob_T - logprob_T.detach())
+        mean_T = sequence_mean(log_ratio_T, lengths_R, mask_T)
+        return mean_T + (logprob_T - logprob_T.detach())
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -143,7 +151,7 @@ class CISPO:
     clip_high: float = 0.2
 
     def __post_init__(self) -> None:
-        _check_clips(self.clip_low, self.clip_high, such_as="1.0 0.2")
+        check_clips(self.clip_low, self.clip_high, such_as="1.0 0.2")
 
     def __call__(self, logprob_T: Tensor, old_logprob_T: Tensor, advantage_T: Tensor) -> Tensor:
         """loss_T, differentiable with respect to logprob_T alone; in the widest dtype of the three arguments.
@@ -170,19 +178,3 @@ class CISPO:
                 "high": present_T & (ratio_T > 1.0 + self.clip_high),
                 "low": present_T & (ratio_T < 1.0 - self.clip_low),
             }
-
-
-LOSSES: dict[str, Callable[..., LossFn]] = {
-    "ppo_clip": PPOClip,
-    "gspo": GSPO,
-    "cispo": CISPO,
-}
-
-
-def build_loss(name: str, **arguments: Any) -> LossFn:
-    """The policy loss of that name, or of the import path `package.module:name`.
-
-    Raises:
-        ValueError: unknown name, a path that cannot be imported, arguments it does not take, values it refuses.
-    """
-    return build_from(LOSSES, name, arguments, "policy loss")

@@ -14,7 +14,7 @@ from entrocraft import Decision, PolicyObjective, Rollouts, TokenStats
 from entrocraft.losses import PPOClip
 from entrocraft.methods import Method, State, Tokens, make_objective
 from entrocraft.objective import LossFn
-from entrocraft.policy_losses import build_loss
+from entrocraft.surrogates import build_loss
 from entrocraft.train.config import Config
 from entrocraft.train.errors import NonFiniteError
 from entrocraft.train.packing import pack

@@ -25,6 +25,7 @@ STATES = {
     "repo_r": {"zeta": 0.03},
     "polarity": {"phase": 0.7},
     "adaptive_clip": {"clip_high": 0.1},
+    "flexible_clip": {"upper_share": 1.0, "lower_share": 0.5},
 }
 
 
