@@ -102,7 +102,8 @@ class SAPO:
         advantage_T = advantage_T.detach()
         log_ratio_T = checked_log_ratio(logprob_T, old_logprob_T, advantage_T)
         ratio_T = log_ratio_T.clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT).exp()
-        tau_T = torch.where(advantage_T > 0, self.tau_positive, self.tau_negative)
+        positive_T = torch.full_like(ratio_T, self.tau_positive)
+        tau_T = positive_T.masked_fill(advantage_T <= 0, self.tau_negative)
         return -(4.0 / tau_T) * torch.sigmoid(tau_T * (ratio_T - 1.0)) * advantage_T
 
 

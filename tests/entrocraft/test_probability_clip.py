@@ -1,0 +1,83 @@
+"""Probability-dependent clips: the lines' values, gradients at their bounds, and the shares of each schedule."""
+
+import pytest
+import torch
+
+from entrocraft import PPOClip, methods
+from entrocraft.methods import Signal
+from entrocraft.probability_clip import FlexibleClip, ProbabilityClip
+
+
+def test_the_lines_are_wide_for_rare_tokens_and_tight_for_common_ones():
+    old_T = torch.tensor([1e-9, 0.5, 1.0], dtype=torch.float64).log()
+    lower_T, upper_T = ProbabilityClip().bounds(old_T)
+    torch.testing.assert_close(upper_T, torch.tensor([1.5, 1.5 / 1.125, 1.2], dtype=torch.float64))
+    torch.testing.assert_close(lower_T, torch.tensor([0.7, 0.7 / 0.935, 0.7 / 0.87], dtype=torch.float64))
+    # The bound solves r = 1 + a r p + b, and r = 1 - a r p - b.
+    torch.testing.assert_close(upper_T, 1 - 0.25 * upper_T * old_T.exp() + 0.5)
+    torch.testing.assert_close(lower_T, 1 + 0.13 * lower_T * old_T.exp() - 0.3)
+
+
+def test_without_its_lines_it_is_ppo_clip():
+    generator = torch.Generator().manual_seed(0)
+    old_T = -3 * torch.rand(50, generator=generator, dtype=torch.float64)
+    logprob_T = (old_T + 0.4 * torch.randn(50, generator=generator, dtype=torch.float64)).requires_grad_()
+    advantage_T = torch.randn(50, generator=generator, dtype=torch.float64)
+    plain = PPOClip(clip_low=0.15, clip_high=0.25, dual_clip=None)
+    bent = ProbabilityClip(upper_share=0.0, lower_share=0.0, clip_low=0.15, clip_high=0.25)
+    values = [loss_fn(logprob_T, old_T, advantage_T) for loss_fn in (bent, plain)]
+    torch.testing.assert_close(*values)
+    gradients = [torch.autograd.grad(value.sum(), logprob_T)[0] for value in values]
+    torch.testing.assert_close(*gradients)
+
+
+def test_gradients_vanish_where_a_line_binds_and_only_there():
+    old_T = torch.tensor([0.01, 0.01, 0.9, 0.9], dtype=torch.float64).log()
+    ratio_T = torch.tensor([1.45, 0.75, 1.3, 0.75], dtype=torch.float64)
+    logprob_T = (old_T + ratio_T.log()).requires_grad_()
+    advantage_T = torch.tensor([1.0, -1.0, 1.0, -1.0], dtype=torch.float64)
+    loss_fn = ProbabilityClip()
+    (gradient_T,) = torch.autograd.grad(loss_fn(logprob_T, old_T, advantage_T).sum(), logprob_T)
+    torch.testing.assert_close(gradient_T, torch.tensor([-1.45, 0.75, 0.0, 0.0], dtype=torch.float64))
+    clipped = loss_fn.clipped(logprob_T, old_T, advantage_T)
+    assert (clipped["high"].tolist(), clipped["low"].tolist()) == ([False, False, True, False], [False] * 3 + [True])
+
+
+def _shares(schedule, entropies, steps=8):
+    method, state, seen = methods.build("flexible_clip", schedule=schedule), {}, []
+    for step, entropy in enumerate(entropies):
+        state = method.observe(state, Signal(step=step, steps=steps, entropy=entropy))
+        seen.append((round(state["upper_share"], 6), round(state["lower_share"], 6)))
+    return seen
+
+
+def test_shares_over_the_run():
+    flat = [1.0] * 8
+    assert _shares("id", flat) == [
+        (1.0, 0.0), (0.75, 0.0), (0.5, 0.0), (0.25, 0.0), (0.0, 0.0), (0.0, 0.75), (0.0, 0.5), (0.0, 0.25)
+    ]  # fmt: skip
+    assert _shares("did", flat) == [
+        (0.0, 0.0), (0.25, 0.0), (0.5, 0.0), (0.75, 0.0), (1.0, 0.0), (1.0, 0.75), (1.0, 0.5), (1.0, 0.25)
+    ]  # fmt: skip
+
+
+def test_the_switch_has_a_memory_between_two_bounds_that_come_together():
+    # H_0 = 1: low 0.2, high 0.2 + 0.8 (1 - k / 8) = 1, 0.9, 0.8, 0.7, 0.6, 0.5
+    seen = _shares("od", [1.0, 0.5, 0.2, 0.6, 0.61, 0.4])
+    assert seen == [(0.0, 1.0), (0.0, 1.0), (1.0, 0.0), (1.0, 0.0), (0.0, 1.0), (0.0, 1.0)]
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: ProbabilityClip(upper_a=0.1), "upper_a = 0.1"),
+        (lambda: ProbabilityClip(lower_b=1.0), "lower_b = 1.0"),
+        (lambda: ProbabilityClip(upper_b=0.0), "upper_b = 0.0"),
+        (lambda: ProbabilityClip(clip_high=-0.1), "clip_high = -0.1"),
+        (lambda: ProbabilityClip(lower_share=1.5), "lower_share = 1.5"),
+        (lambda: FlexibleClip(schedule="up"), "schedule = 'up': expected one of 'id', 'did', 'od'"),
+    ],
+)
+def test_bad_constants_are_named(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
