@@ -1,4 +1,5 @@
-"""Advantages of rollouts that answered the same prompt: one number for each rollout, no critic.
+"""Advantages of rollouts: one number for each, no critic. Here those that compare with the same prompt's other
+rollouts; `raw_advantages` has those of the reward alone.
 
 A reward of NaN means "no verdict" (the grader failed or ran out of time): such a rollout is left out of its
 group's statistics and gets advantage 0, so it neither helps nor hurts. A rollout alone in its group, or the only
@@ -6,11 +7,25 @@ one with a verdict, has nothing to be compared with: baseline 0 and scale 1, its
 Where all rewards of a group are equal the advantages are exactly 0, whatever rounding the mean has.
 """
 
-from typing import Any, NamedTuple, Protocol
+from collections.abc import Callable
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
+from entrocraft.groups import group_statistics
+from entrocraft.raw_advantages import (
+    needed_lengths,
+    nsr,
+    nsr_parity,
+    psr,
+    raft,
+    reinforce,
+    reinforce_pp,
+    reinforce_rej,
+    w_reinforce,
+    whitened,
+)
 from entrocraft.registry import build_from, resolve
 
 
@@ -27,14 +42,6 @@ class Advantage(Protocol):
 _GRPO_EPSILON = 1e-6
 
 
-class _Groups(NamedTuple):
-    """Statistics of each rollout's own group, fp64, over the rollouts with a verdict."""
-
-    centred_R: Tensor  # reward - mean; 0 where all are equal; the reward itself in a group of one; 0 without verdict
-    std_R: Tensor  # ddof 1; 1 in a group of one
-    count_R: Tensor  # verdicts in the group
-
-
 def grpo(reward_R: Tensor, group_R: Tensor, length_R: Tensor | None = None) -> Tensor:
     """`(R_i - mean_g) / (std_g + 1e-6)` with the sample standard deviation (ddof 1), fp32 `[R]`.
 
@@ -43,11 +50,12 @@ def grpo(reward_R: Tensor, group_R: Tensor, length_R: Tensor | None = None) -> T
     Args:
         reward_R: rewards `[R]`, any real dtype; NaN means no verdict.
         group_R: int64 `[R]`, equal for rollouts of one prompt; any numbering, any order.
+        length_R: counted tokens of each rollout; only some estimators look at it.
 
     Raises:
         ValueError: shapes or dtypes that do not fit, or an infinite reward.
     """
-    groups = _group_statistics(reward_R, group_R)
+    groups = group_statistics(reward_R, group_R)
     alone_R = groups.count_R == 1
     scale_R = torch.where(alone_R, 1.0, groups.std_R + _GRPO_EPSILON)
     return (groups.centred_R / scale_R).float()
@@ -59,7 +67,7 @@ def dr_grpo(reward_R: Tensor, group_R: Tensor, length_R: Tensor | None = None) -
     Source: Liu et al., Understanding R1-Zero-Like Training (arXiv 2503.20783); its loss divides by a constant
     length, aggregation `fixed`. Arguments and errors as `grpo`.
     """
-    return _group_statistics(reward_R, group_R).centred_R.float()
+    return group_statistics(reward_R, group_R).centred_R.float()
 
 
 def rloo(reward_R: Tensor, group_R: Tensor, length_R: Tensor | None = None) -> Tensor:
@@ -67,14 +75,66 @@ def rloo(reward_R: Tensor, group_R: Tensor, length_R: Tensor | None = None) -> T
 
     Source: Ahmadian et al., Back to Basics (arXiv 2402.14740). Arguments and errors as `grpo`.
     """
-    groups = _group_statistics(reward_R, group_R)
+    groups = group_statistics(reward_R, group_R)
     others_R = (groups.count_R - 1).clamp(min=1)
     alone_R = groups.count_R == 1
     factor_R = torch.where(alone_R, 1.0, groups.count_R / others_R)
     return (groups.centred_R * factor_R).float()
 
 
-ADVANTAGES: dict[str, Advantage] = {"grpo": grpo, "dr_grpo": dr_grpo, "rloo": rloo}
+def opo(reward_R: Tensor, group_R: Tensor, length_R: Tensor | None = None) -> Tensor:
+    """`R_i - sum_g |y| R / sum_g |y|`, fp32 `[R]`: the baseline weighs rewards by length, which minimises variance.
+
+    Source: Hao et al., On-Policy RL with Optimal Reward Baseline (arXiv 2505.23585). Arguments and errors as `grpo`;
+    length_R is needed.
+    """
+    lengths_R = needed_lengths(length_R, reward_R, "opo")
+    groups = group_statistics(reward_R, group_R)
+    reward_R = reward_R.double()
+    known_R = ~torch.isnan(reward_R)
+    weight_R = torch.where(known_R, lengths_R, 0.0)
+    _, index_R = torch.unique(group_R, return_inverse=True)
+    zero_P = torch.zeros(len(group_R), dtype=torch.float64, device=reward_R.device)
+    total_P = zero_P.index_add(0, index_R, weight_R)
+    sum_P = zero_P.index_add(0, index_R, weight_R * reward_R.nan_to_num(0.0))
+    centred_R = reward_R - (sum_P / total_P.clamp(min=1.0))[index_R]
+    # Alone, or all alike: as the other estimators have it, exactly.
+    plain_R = (groups.count_R == 1) | (groups.centred_R == 0) & (groups.std_R == 0)
+    return torch.where(known_R, torch.where(plain_R, groups.centred_R, centred_R), 0.0).float()
+
+
+def reinforce_pp_baseline(reward_R: Tensor, group_R: Tensor, length_R: Tensor | None = None) -> Tensor:
+    """`R_i - mean_g`, then whitened over all counted tokens of the batch, fp32 `[R]`; length_R is needed.
+
+    Source: Hu, REINFORCE++ (arXiv 2501.03262), its variant with a baseline. Arguments and errors as `grpo`.
+    """
+    lengths_R = needed_lengths(length_R, reward_R, "reinforce_pp_baseline")
+    centred_R = group_statistics(reward_R, group_R).centred_R
+    return whitened(centred_R, torch.where(torch.isnan(reward_R), 0.0, lengths_R))
+
+
+ADVANTAGES: dict[str, Advantage | Callable[..., Advantage]] = {
+    "grpo": grpo,
+    "dr_grpo": dr_grpo,
+    "rloo": rloo,
+    "opo": opo,
+    "reinforce": reinforce,
+    "reinforce_pp": reinforce_pp,
+    "reinforce_pp_baseline": reinforce_pp_baseline,
+    "reinforce_rej": reinforce_rej,
+    "raft": raft,
+    "raft_pp": raft,  # differs in the loss alone: PPO-clip, where RAFT has none
+    "psr": psr,
+    "nsr": nsr,
+    "nsr_parity": nsr_parity,
+    "w_reinforce": w_reinforce,
+}
+
+
+def members(estimator: Advantage, reward_R: Tensor, group_R: Tensor) -> Tensor | None:
+    """bool `[R]`: rollouts that the estimator leaves in the batch; None where it takes none out."""
+    choose = getattr(estimator, "members", None)
+    return None if choose is None else choose(reward_R, group_R)
 
 
 def build(name: str, **arguments: Any) -> Advantage:
@@ -89,45 +149,3 @@ def build(name: str, **arguments: Any) -> Advantage:
     if arguments:
         raise ValueError(f"advantage estimator {name!r} was given {sorted(arguments)}: it takes no options")
     return found
-
-
-def _group_statistics(reward_R: Tensor, group_R: Tensor) -> _Groups:
-    _check(reward_R, group_R)
-    reward_R = reward_R.double()
-    verdict_R = ~torch.isnan(reward_R)
-    known_R = torch.where(verdict_R, reward_R, 0.0)
-    _, index_R = torch.unique(group_R, return_inverse=True)
-    groups = int(index_R.max()) + 1 if len(index_R) else 0
-
-    def total(value_R: Tensor) -> Tensor:
-        return torch.zeros(groups, dtype=torch.float64, device=reward_R.device).index_add_(0, index_R, value_R)
-
-    count_P = total(verdict_R.double())
-    mean_P = total(known_R) / count_P.clamp(min=1)
-    # All equal: the rounded mean need not equal them, and 1e-17 / 1e-6 is not zero. Compare, do not subtract.
-    low_P = torch.full_like(mean_P, torch.inf).scatter_reduce_(
-        0, index_R, torch.where(verdict_R, reward_R, torch.inf), "amin"
-    )
-    high_P = torch.full_like(mean_P, -torch.inf).scatter_reduce_(
-        0, index_R, torch.where(verdict_R, reward_R, -torch.inf), "amax"
-    )
-    mean_P = torch.where(low_P == high_P, low_P, mean_P)
-    mean_P = torch.where(count_P == 1, 0.0, mean_P)
-    centred_R = torch.where(verdict_R, known_R - mean_P[index_R], 0.0)
-    variance_P = total(centred_R.square()) / (count_P - 1).clamp(min=1)
-    return _Groups(centred_R, variance_P.sqrt()[index_R], count_P[index_R])
-
-
-def _check(reward_R: Tensor, group_R: Tensor) -> None:
-    if reward_R.ndim != 1 or reward_R.is_complex():
-        raise ValueError(f"reward_R must be real numbers [R], got shape {tuple(reward_R.shape)} {reward_R.dtype}")
-    if group_R.shape != reward_R.shape or group_R.dtype != torch.int64:
-        raise ValueError(
-            f"group_R must be int64 of shape {tuple(reward_R.shape)}, like reward_R; "
-            f"got shape {tuple(group_R.shape)} {group_R.dtype}"
-        )
-    if bool(torch.isinf(reward_R).any()):
-        where = int(torch.isinf(reward_R).nonzero()[0])
-        raise ValueError(
-            f"reward_R[{where}] = {float(reward_R[where])}: expected a finite reward, or NaN for 'no verdict'"
-        )

@@ -117,12 +117,13 @@ def _counted(tokens: Tokens) -> Tensor:
 
 
 def _clipped(loss_fn: LossFn, tokens: Tokens) -> Tensor:
-    """bool: tokens whose gradient the policy loss itself removes."""
+    """bool: tokens that the policy loss itself clips."""
     clipped_T = torch.zeros_like(tokens.mask_T)
     of_loss = getattr(loss_fn, "clipped", None)
-    if of_loss is None or getattr(loss_fn, "sequence_level", False):
+    if of_loss is None:
         return clipped_T
-    for one_T in of_loss(tokens.stats.logprob_T, tokens.old_logprob_T, tokens.advantage_T).values():
+    sequences = (tokens.lengths_R, tokens.mask_T) if getattr(loss_fn, "sequence_level", False) else ()
+    for one_T in of_loss(tokens.stats.logprob_T, tokens.old_logprob_T, tokens.advantage_T, *sequences).values():
         clipped_T |= one_T
     return clipped_T
 

@@ -22,7 +22,7 @@ class ProbabilityClip:
         l = max(-r A, -clip(r, lower, upper) A)
 
     upper_a, upper_b, lower_a, lower_b: a in (-1, 0], b in (0, 1) for the lower line, b > 0 for the upper. -0.25 and 0.5
-    give 1.5 for p near 0 and 1.2 at p = 1; -0.13 and 0.3 give 0.70 and 0.805. upper_share, lower_share: in [-1, 1]; how
+    give 1.5 for p near 0 and 1.2 at p = 1; -0.13 and 0.3 give 0.70 and 0.805. upper_share, lower_share: in [0, 1]; how
     much of each line there is, 1 for all of it, 0 for a plain clip.
 
     Entropy: a wide upper line lets rare tokens of good rollouts rise, which raises it; a wide lower line lets rare
@@ -53,8 +53,8 @@ class ProbabilityClip:
         if not 0.0 < self.clip_high < math.inf:
             raise ValueError(f"clip_high = {self.clip_high!r}: expected a finite number > 0, such as 0.2")
         for name in ("upper_share", "lower_share"):
-            if not -1.0 <= getattr(self, name) <= 1.0:
-                raise ValueError(f"{name} = {getattr(self, name)!r}: expected a share in [-1, 1]")
+            if not 0.0 <= getattr(self, name) <= 1.0:
+                raise ValueError(f"{name} = {getattr(self, name)!r}: expected a share in [0, 1], such as 0.5")
 
     def bounds(self, old_logprob_T: Tensor) -> tuple[Tensor, Tensor]:
         """The least and the largest ratio whose gradient remains, `[T]`, without gradient."""
@@ -118,7 +118,7 @@ class FlexibleClip:
 
     def observe(self, state: State, signal: Signal, /) -> State:
         """The shares of this step."""
-        progress = signal.step / max(signal.steps, 1)
+        progress = min(signal.step / max(signal.steps, 1), 1.0)
         lam, late = 1.0 - 2.0 * progress, progress > 0.5
         if self.schedule == "id":
             return _shares(0.0 if late else lam, 1.0 + lam if late else 0.0)

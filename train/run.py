@@ -10,6 +10,7 @@ import yaml
 
 from entrocraft import Decision, Rollouts, TokenStats
 from entrocraft.advantages import build as build_advantage
+from entrocraft.advantages import members
 from entrocraft.losses import AGGREGATIONS
 from entrocraft.methods import Signal, State
 from entrocraft.registry import lookup
@@ -220,7 +221,8 @@ class Run:
 
         The predicted entropy change uses the gradient of the loss that is about to be taken, at the scored policy.
         """
-        advantage_R = self.advantage(reward_R, rollouts.group_R, rollouts.length_R)
+        counted_R = torch.bincount(rollouts.rollout_T[rollouts.mask_T], minlength=rollouts.R)
+        advantage_R = self.advantage(reward_R, rollouts.group_R, counted_R)
         entropy = float(stats.entropy_T[rollouts.mask_T].double().mean())
         signal = Signal(
             step=self.step - 1,
@@ -229,14 +231,13 @@ class Run:
             target=self.controller.target(self.step, entropy=entropy),
         )
         self.method_state = self.method.observe(self.method_state, signal)
-        members = getattr(self.advantage, "members", None)
         learning = Learning(
             method=self.method,
             state=self.method_state,
             aggregation=self.aggregation,
             config=self.config,
             step=self.step,
-            member_R=None if members is None else members(reward_R, rollouts.group_R),
+            member_R=members(self.advantage, reward_R, rollouts.group_R),
         )
         objective = learning.objective(rollouts, stats, stats.logprob_T, advantage_R, None, learning.member_R)
         decision = self.controller.decide(

@@ -90,10 +90,11 @@ def test_order_of_rollouts_does_not_matter() -> None:
     reward_R = torch.randn(40, generator=generator)
     group_R = torch.randint(0, 6, (40,), generator=generator) * 1000
     order_R = torch.randperm(40, generator=generator)
-    for estimator in advantages.ADVANTAGES.values():
-        torch.testing.assert_close(
-            estimator(reward_R, group_R)[order_R], estimator(reward_R[order_R], group_R[order_R])
-        )
+    length_R = torch.randint(0, 9, (40,), generator=generator)
+    for name in advantages.ADVANTAGES:
+        estimator = advantages.build(name)
+        shuffled = estimator(reward_R[order_R], group_R[order_R], length_R[order_R])
+        torch.testing.assert_close(estimator(reward_R, group_R, length_R)[order_R], shuffled)
 
 
 def test_bad_input_is_named() -> None:

@@ -103,6 +103,7 @@ def test_silenced_tokens_stay_in_the_denominator():
     method = methods.build("clip_cov", fraction=0.1, lower=0.0)
     objective = make_objective(method, tokens, {}, aggregation="token_mean")
     terms = method.terms(tokens, {})
+    assert terms.gradient_T is not None
     expected_T = (tokens.mask_T & terms.gradient_T).float() / int(tokens.mask_T.sum())
     torch.testing.assert_close(objective.weight_T, expected_T)
 
