@@ -38,7 +38,9 @@ class ClipB(Stateless):
     def terms(self, tokens: Tokens, state: State, /) -> Terms:
         """The policy loss on what is kept."""
         stats = tokens.stats
-        s_T = stats.logprob_T.exp() * (stats.entropy_T + stats.logprob_T)
+        # A token the policy cannot emit: p log p -> 0, where 0 * -inf would make the mean NaN.
+        logprob_T = stats.logprob_T.clamp(min=torch.finfo(stats.logprob_T.dtype).min)
+        s_T = logprob_T.exp() * (stats.entropy_T + logprob_T)
         counted_S = s_T[tokens.mask_T].double()
         if not len(counted_S):
             return _masked(self.loss_fn, tokens, tokens.mask_T)

@@ -43,6 +43,21 @@ def test_gradients_vanish_where_a_line_binds_and_only_there():
     assert (clipped["high"].tolist(), clipped["low"].tolist()) == ([False, False, True, False], [False] * 3 + [True])
 
 
+def test_gradients_are_the_slopes_of_the_loss():
+    generator = torch.Generator().manual_seed(1)
+    old_T = -3 * torch.rand(60, generator=generator, dtype=torch.float64)
+    logprob_T = (old_T + 0.4 * torch.randn(60, generator=generator, dtype=torch.float64)).requires_grad_()
+    advantage_T = torch.randn(60, generator=generator, dtype=torch.float64)
+    loss_fn = ProbabilityClip(upper_share=0.6, lower_share=0.3)
+    (gradient_T,) = torch.autograd.grad(loss_fn(logprob_T, old_T, advantage_T).sum(), logprob_T)
+    above_T, below_T = (loss_fn(logprob_T.detach() + step, old_T, advantage_T) for step in (1e-6, -1e-6))
+    torch.testing.assert_close(gradient_T, (above_T - below_T) / 2e-6, rtol=1e-5, atol=1e-8)
+    clipped = loss_fn.clipped(logprob_T, old_T, advantage_T)
+    assert bool(clipped["high"].any())
+    assert bool(clipped["low"].any())
+    assert (gradient_T == 0).tolist() == (clipped["high"] | clipped["low"]).tolist()
+
+
 def _shares(schedule, entropies, steps=8):
     method, state, seen = methods.build("flexible_clip", schedule=schedule), {}, []
     for step, entropy in enumerate(entropies):
@@ -61,6 +76,12 @@ def test_shares_over_the_run():
     ]  # fmt: skip
 
 
+def test_a_step_past_the_last_is_the_last():
+    for schedule, shares in (("id", (0.0, 0.0)), ("did", (1.0, 0.0))):
+        state = methods.build("flexible_clip", schedule=schedule).observe({}, Signal(step=12, steps=8, entropy=1.0))
+        assert (state["upper_share"], state["lower_share"]) == shares
+
+
 def test_the_switch_has_a_memory_between_two_bounds_that_come_together():
     # H_0 = 1: low 0.2, high 0.2 + 0.8 (1 - k / 8) = 1, 0.9, 0.8, 0.7, 0.6, 0.5
     seen = _shares("od", [1.0, 0.5, 0.2, 0.6, 0.61, 0.4])
@@ -75,6 +96,7 @@ def test_the_switch_has_a_memory_between_two_bounds_that_come_together():
         (lambda: ProbabilityClip(upper_b=0.0), "upper_b = 0.0"),
         (lambda: ProbabilityClip(clip_high=-0.1), "clip_high = -0.1"),
         (lambda: ProbabilityClip(lower_share=1.5), "lower_share = 1.5"),
+        (lambda: ProbabilityClip(upper_share=-0.5), r"upper_share = -0.5: expected a share in \[0, 1\]"),
         (lambda: FlexibleClip(schedule="up"), "schedule = 'up': expected one of 'id', 'did', 'od'"),
     ],
 )

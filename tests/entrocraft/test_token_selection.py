@@ -9,6 +9,7 @@ import torch
 from entrocraft import PPOClip, TokenStats, methods
 from entrocraft.covariance import covariances
 from entrocraft.methods import Tokens, make_objective
+from entrocraft.policy_losses import GSPO
 
 T, V = 300, 13
 
@@ -156,6 +157,55 @@ def test_clip_v_drops_penalties_far_below_their_rows_mean_but_not_many(most):
     assert len(outliers) > 10
     mask_T = methods.build("clip_v", mu=1.0, most=most).terms(tokens, {}).mask_T
     assert (tokens.mask_T & ~mask_T).nonzero()[:, 0].tolist() == sorted(gone)
+
+
+def test_clip_cov_passes_by_the_sequences_that_a_sequence_loss_has_clipped():
+    tokens = _tokens(8, moved=0.6)
+    loss_fn = GSPO(clip_low=0.1, clip_high=0.1)
+    clipped = loss_fn.clipped(
+        tokens.stats.logprob_T, tokens.old_logprob_T, tokens.advantage_T, tokens.lengths_R, tokens.mask_T
+    )
+    clipped_T = clipped["high"] | clipped["low"]
+    candidates = {t for t, c in _covariance_by_hand(tokens).items() if 0.2 < c < 5.0}
+    gone = {t for t in candidates if clipped_T[t]}
+    assert 10 < len(gone) < len(candidates) - 10
+    method = methods.build("clip_cov", fraction=1.0, lower=0.2, loss_fn=loss_fn)
+    assert set(_silent(method, tokens)) == candidates - gone
+
+
+@pytest.mark.parametrize("name", ["clip_cov", "kl_cov", "clip_b", "clip_v"])
+def test_gradients_are_the_slopes_of_the_loss(name):
+    few = {"fraction": 0.1} if name.endswith("cov") else {"mu": 0.5}
+    method, tokens = methods.build(name, **few), _tokens(9, moved=0.3)
+    objective = make_objective(method, tokens, {}, aggregation="seq_mean_token_mean")
+
+    def loss(logprob_T):
+        return objective(logprob_T, tokens.stats.entropy_T, slice(0, T))
+
+    logprob_T = tokens.stats.logprob_T.clone().requires_grad_()
+    (gradient_T,) = torch.autograd.grad(loss(logprob_T), logprob_T)
+    for t in range(0, T, 3):
+        step_T = torch.zeros_like(logprob_T)
+        step_T[t] = 1e-6
+        slope = float(loss(logprob_T.detach() + step_T) - loss(logprob_T.detach() - step_T)) / 2e-6
+        assert float(gradient_T[t]) == pytest.approx(slope, rel=1e-5, abs=1e-9)
+
+
+def test_one_impossible_token_does_not_switch_a_clip_off():
+    tokens = _tokens(5)
+    kept_T = methods.build("clip_b", mu=1.0).terms(tokens, {}).mask_T
+    first = int(tokens.mask_T.nonzero()[0])
+    logprob_T = tokens.stats.logprob_T.clone()
+    logprob_T[first] = -math.inf
+    entropy_T = tokens.stats.entropy_T
+    worse = replace(tokens, stats=replace(tokens.stats, logprob_T=logprob_T))
+    s_T = (logprob_T.exp() * (logprob_T + entropy_T)).nan_to_num(0.0)[tokens.mask_T]
+    limit = float(s_T.mean() - s_T.std(correction=0))
+    got_T = methods.build("clip_b", mu=1.0).terms(worse, {}).mask_T
+    expected_S = (s_T >= limit) | (tokens.advantage_T[tokens.mask_T] >= 0)
+    assert got_T[tokens.mask_T].tolist() == expected_S.tolist()
+    assert int(got_T.sum()) < int(tokens.mask_T.sum())
+    assert int((got_T != kept_T).sum()) < 10
 
 
 @pytest.mark.parametrize("name", ["clip_b", "clip_v"])
