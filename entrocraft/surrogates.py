@@ -21,7 +21,7 @@ class GeoMean:
 
         d_t = clamp(logprob_t - old_logprob_t, -inf, clip_high)   where A > 0
               clamp(logprob_t - old_logprob_t, -clip_low, inf)    where A < 0
-        s_i = exp(mean over the tokens t of sequence i of d_t)          l_t = -s_i A
+        s_i = exp(min(20, mean over the tokens t of sequence i of d_t))          l_t = -s_i A
 
     The gradient of token t is -s_i A times that of its logprob, or 0 where its own log-ratio is clipped, so one far
     token silences itself and not its sequence. With the weights of `token_weights(aggregation="seq_mean_token_mean")`
@@ -51,9 +51,7 @@ class GeoMean:
     ) -> Tensor:
         """loss_T, differentiable with respect to logprob_T alone; arguments and errors as `GSPO`."""
         advantage_T = advantage_T.detach()
-        log_ratio_T = checked_log_ratio(logprob_T, old_logprob_T, advantage_T)
-        bounded_T = log_ratio_T.clamp(max=self.clip_high).where(advantage_T > 0, log_ratio_T.clamp(min=-self.clip_low))
-        bounded_T = bounded_T.where(advantage_T != 0, log_ratio_T)
+        bounded_T = self._bounded(checked_log_ratio(logprob_T, old_logprob_T, advantage_T), advantage_T)
         mean_T = sequence_mean(bounded_T, lengths_R, mask_T)
         ratio_T = (mean_T + (bounded_T - bounded_T.detach())).clamp(max=LOG_RATIO_LIMIT).exp()
         return -ratio_T * advantage_T
@@ -66,13 +64,22 @@ class GeoMean:
         lengths_R: Sequence[int],
         mask_T: Tensor | None = None,
     ) -> dict[str, Tensor]:
-        """Where a token's gradient has been removed though A is not 0, as bool `[T]`: "high" and "low"."""
+        """Where the gradient has been removed though A is not 0, as bool `[T]`; the two may overlap.
+
+        "high": A > 0, a log-ratio above its clip, or a sequence whose mean is above 20. "low": A < 0, one below.
+        """
         with torch.no_grad():
             log_ratio_T = checked_log_ratio(logprob_T, old_logprob_T, advantage_T)
+            mean_T = sequence_mean(self._bounded(log_ratio_T, advantage_T), lengths_R, mask_T)
             return {
-                "high": (advantage_T > 0) & (log_ratio_T > self.clip_high),
+                "high": ((advantage_T > 0) & (log_ratio_T > self.clip_high))
+                | ((advantage_T != 0) & (mean_T > LOG_RATIO_LIMIT)),
                 "low": (advantage_T < 0) & (log_ratio_T < -self.clip_low),
             }
+
+    def _bounded(self, log_ratio_T: Tensor, advantage_T: Tensor) -> Tensor:
+        """d_T; where A = 0 it does not matter."""
+        return log_ratio_T.clamp(max=self.clip_high).where(advantage_T > 0, log_ratio_T.clamp(min=-self.clip_low))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -86,6 +86,8 @@ def test_the_switch_has_a_memory_between_two_bounds_that_come_together():
     # H_0 = 1: low 0.2, high 0.2 + 0.8 (1 - k / 8) = 1, 0.9, 0.8, 0.7, 0.6, 0.5
     seen = _shares("od", [1.0, 0.5, 0.2, 0.6, 0.61, 0.4])
     assert seen == [(0.0, 1.0), (0.0, 1.0), (1.0, 0.0), (1.0, 0.0), (0.0, 1.0), (0.0, 1.0)]
+    # H_0 = 5: low 1; high 4, then 3.5, all exact in binary. On a bound the switch turns below and not above.
+    assert _shares("od", [5.0, 1.0, 4.0, 3.6]) == [(0.0, 1.0), (1.0, 0.0), (1.0, 0.0), (0.0, 1.0)]
 
 
 @pytest.mark.parametrize(

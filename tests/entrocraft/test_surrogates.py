@@ -61,6 +61,19 @@ def test_the_geometric_mean_is_the_papers_objective_in_value_and_gradient(clip):
     assert bool((actual[mask_T & ~silent_T] != 0).all())
 
 
+def test_the_geometric_mean_of_a_sequence_that_has_gone_far_stays_finite():
+    # fp32, where exp(100) is infinite: two sequences whose mean is above 20, the second with nothing to teach.
+    logprob_T = torch.tensor([30.0, 100.0, 100.0, 1.0], requires_grad=True)
+    advantage_T = torch.tensor([-1.0, -1.0, 0.0, -1.0])
+    batch = (torch.zeros(4), advantage_T, [2, 1, 1])
+    loss_T = GeoMean()(logprob_T, *batch)
+    assert loss_T.tolist() == pytest.approx([math.exp(20), math.exp(20), 0.0, math.e], rel=1e-5)
+    (gradient_T,) = torch.autograd.grad(loss_T.sum(), logprob_T)
+    assert gradient_T.tolist() == pytest.approx([0.0, 0.0, 0.0, math.e], rel=1e-5)
+    clipped = GeoMean().clipped(logprob_T, *batch)
+    assert (clipped["high"].tolist(), clipped["low"].tolist()) == ([True, True, False, False], [False] * 4)
+
+
 def test_the_soft_gate_is_its_formula_and_its_gradient_minus_the_advantage_at_ratio_one():
     logprob_T, old_T, advantage_T = _batch(1)
     loss_fn = SAPO(tau_positive=1.0, tau_negative=2.0)

@@ -80,6 +80,8 @@ def test_clip_cov_silences_as_many_candidates_as_asked_and_no_others():
     method = methods.build("clip_cov", fraction=0.03, lower=0.4, upper=2.0)
     draws = {tuple(_silent(method, replace(tokens, step=step))) for step in range(20)}
     assert len(draws) == 20
+    draws = {tuple(_silent(method, replace(tokens, seed=seed))) for seed in range(20)}
+    assert len(draws) == 20
 
 
 def _silent(method, tokens):
@@ -213,7 +215,9 @@ def test_a_batch_without_spread_loses_nothing(name):
     tokens = _tokens(7)
     flat_T = torch.full((T,), math.log(0.5), dtype=torch.float64)
     ones_T = torch.ones(T, dtype=torch.float64)
-    same = TokenStats(logprob_T=flat_T, entropy_T=ones_T, lse_T=ones_T, p2_T=0.4 * ones_T, p2logp_T=-0.3 * ones_T)
+    # All rows alike but for rounding, which is no spread however small mu is.
+    rounded_T = ones_T + 1e-14 * torch.randn(T, dtype=torch.float64)
+    same = TokenStats(logprob_T=flat_T, entropy_T=rounded_T, lse_T=ones_T, p2_T=0.4 * ones_T, p2logp_T=-0.3 * ones_T)
     terms = methods.build(name, mu=1e-9).terms(replace(tokens, stats=same), {})
     assert torch.equal(terms.mask_T, tokens.mask_T)
     nothing = replace(tokens, mask_T=torch.zeros_like(tokens.mask_T))
