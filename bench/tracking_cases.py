@@ -1,0 +1,162 @@
+"""What the entropy-tracking benchmark runs: every method, on curves if it seeks a target, in two regimes.
+
+A case is a configuration of the trainer and nothing else; what its name says stands here in full.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from entrocraft.schedules import Schedule, constant, cosine, join, linear, measured, oscillate
+
+# Nats between the measured start and the end of a falling curve, as a share of the start.
+FALL = 0.55
+STEP = 0.3  # nats: the height of the step down and up
+WAVE = 0.1  # nats: the amplitude of the oscillation
+
+
+def level(steps: int) -> Schedule:
+    """The measured entropy, throughout."""
+    return measured(constant)
+
+
+def line(steps: int) -> Schedule:
+    """From the measured entropy straight down."""
+    return measured(lambda entropy: linear(entropy, (1 - FALL) * entropy, steps))
+
+
+def half_cosine(steps: int) -> Schedule:
+    """The same fall along half a cosine."""
+    return measured(lambda entropy: cosine(entropy, (1 - FALL) * entropy, steps))
+
+
+def step_down_up(steps: int) -> Schedule:
+    """Level, 0.3 nats lower for the middle third, and back."""
+    third = steps // 3
+    return measured(
+        lambda entropy: join([constant(value) for value in (entropy, entropy - STEP, entropy)], [third, 2 * third])
+    )
+
+
+def wave(steps: int) -> Schedule:
+    """Three waves around a straight line that falls half as far."""
+    return measured(
+        lambda entropy: oscillate(linear(entropy, (1 - FALL / 2) * entropy, steps), amplitude=WAVE, period=steps / 3)
+    )
+
+
+def too_high(steps: int) -> Schedule:
+    """A constant half above what the model has: the failure case of arXiv 2604.26326, App. C.5."""
+    return measured(lambda entropy: constant(1.5 * entropy))
+
+
+SCHEDULES = {one.__name__: one for one in (line, half_cosine, step_down_up, wave, level, too_high)}
+
+
+class Regime(NamedTuple):
+    """How a step's rollouts are used. The rollouts themselves, their number and their length, are the same in both."""
+
+    passes: int
+    updates: int
+    lr: float
+    steps: int
+
+
+REGIMES = {"one_pass": Regime(1, 1, 5e-4, 150), "reused": Regime(2, 4, 1.5e-4, 100)}
+
+_SIGNED = ("--reward.signed=true",)
+_WIDTH = "--entropy.width=0.02"
+
+# Methods that seek a target: run on every curve.
+TARGETED: dict[str, tuple[str, ...]] = {
+    "soft": ("--entropy.rule=soft", _WIDTH),
+    "hard": ("--entropy.rule=hard", _WIDTH),
+    "switch": ("--entropy.rule=switch", _WIDTH, *_SIGNED),
+    "first_order": ("--entropy.rule=first_order", _WIDTH),
+    "first_order_token": ("--entropy.rule=first_order", "--entropy.level=token", _WIDTH),
+    "budget": ("--entropy.rule=budget",),
+    "budget_token": ("--entropy.rule=budget", "--entropy.level=token"),
+    "entropic": ("--loss.method=entropic",),
+    "entropic_parity": ("--loss.method=entropic_parity", "--loss.advantage=reinforce", *_SIGNED),
+    "adaptive_bonus": ("--loss.method=adaptive_bonus",),
+    "aent": ("--loss.method=aent", "--loss.method_options={low: null, high: null}"),
+    "repo_r": ("--loss.method=repo_r",),
+    "polarity": ("--loss.method=polarity",),
+    "adaptive_clip": ("--loss.method=adaptive_clip",),
+}
+# Methods without a target: run once a regime and seed, and shown against the falling line that they do not see.
+FREE: dict[str, tuple[str, ...]] = {
+    "none": (),
+    "dr_grpo": ("--loss.advantage=dr_grpo", "--loss.aggregation=fixed"),
+    "rloo": ("--loss.advantage=rloo",),
+    "reinforce_pp": ("--loss.advantage=reinforce_pp",),
+    "raft_pp": ("--loss.advantage=raft_pp",),
+    "reinforce_rej": ("--loss.advantage=reinforce_rej", *_SIGNED),
+    "psr": ("--loss.advantage=psr",),
+    "nsr": ("--loss.advantage=nsr",),
+    "w_reinforce": ("--loss.advantage=w_reinforce",),
+    "entropy_bonus": ("--loss.method=entropy_bonus",),
+    "clip_higher": ("--loss.clip_high=0.28",),
+    "gspo": ("--loss.policy=gspo", "--loss.aggregation=seq_mean_token_mean"),
+    "cispo": ("--loss.policy=cispo",),
+    "geo_mean": ("--loss.policy=geo_mean", "--loss.aggregation=seq_mean_token_mean"),
+    "sapo": ("--loss.policy=sapo", "--loss.aggregation=seq_mean_token_mean"),
+    "clip_cov": ("--loss.method=clip_cov", "--loss.clip_low=1.0", "--loss.clip_high=1.0", "--loss.dual_clip=10.0"),
+    "kl_cov": ("--loss.method=kl_cov",),
+    "clip_b": ("--loss.method=clip_b",),
+    "clip_v": ("--loss.method=clip_v",),
+    "repo": ("--loss.method=repo",),
+    "flexible_id": ("--loss.method=flexible_clip", "--loss.method_options={schedule: id}"),
+    "flexible_did": ("--loss.method=flexible_clip", "--loss.method_options={schedule: did}"),
+    "flexible_od": ("--loss.method=flexible_clip", "--loss.method_options={schedule: od}"),
+}
+
+
+class Case(NamedTuple):
+    """One run."""
+
+    method: str
+    schedule: str
+    regime: str
+    seed: int
+
+    @property
+    def name(self) -> str:
+        """The run's folder, and its key in the results."""
+        return f"{self.method}-{self.schedule}-{self.regime}-seed{self.seed}"
+
+    def overrides(self, steps: int | None = None) -> list[str]:
+        """Settings on top of the demo's file; `steps` in place of the regime's."""
+        regime = REGIMES[self.regime]
+        arguments = TARGETED.get(self.method) or FREE[self.method]
+        rule = [] if any(a.startswith("--entropy.rule=") for a in arguments) else ["--entropy.rule=none"]
+        return [
+            f"--seed={self.seed}",
+            f"--optimizer.steps={steps or regime.steps}",
+            f"--optimizer.lr={regime.lr}",
+            f"--batch.updates_per_step={regime.updates}",
+            f"--loss.passes={regime.passes}",
+            f"--entropy.schedule.kind=tracking_cases:{self.schedule}",
+            "--evaluation.every=0",
+            "--checkpoint.every=100000",
+            *rule,
+            *arguments,
+        ]
+
+
+def grid(
+    methods: list[str] | None = None,
+    schedules: list[str] | None = None,
+    regimes: list[str] | None = None,
+    seeds: tuple[int, ...] = (1, 2, 3),
+) -> list[Case]:
+    """All cases, those first that say most: a seed is whole before the next, and a curve before the next."""
+    wanted = methods or [*FREE, *TARGETED]
+    cases = []
+    for seed in seeds:
+        for schedule in schedules or list(SCHEDULES):
+            for regime in regimes or list(REGIMES):
+                for method in wanted:
+                    if method in TARGETED or schedule == "line":
+                        cases.append(Case(method, schedule, regime, seed))
+    return cases

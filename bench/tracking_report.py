@@ -1,0 +1,181 @@
+"""What a run of the entropy-tracking benchmark is judged by, and the tables and figures of all of them."""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+from matplotlib.figure import Figure
+from tracking_cases import REGIMES, SCHEDULES, STEP, TARGETED
+
+mpl.use("Agg")
+
+SETTLED = 0.05  # nats: so close counts as having arrived after a step
+PATIENCE = 5  # steps it must stay so close
+ALLOWED = 15  # steps after a jump of the target that the worst error leaves out
+
+COLUMNS = ("error", "worst", "settling", "accuracy", "pass_at_8", "distinct", "entropy_end", "kept", "tokens")
+
+
+def judge(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Numbers of one run from its metrics, one row a step.
+
+    error: mean |entropy - target| over the last two thirds of the steps, nats. worst: the largest there, leaving out
+    the 15 steps after a jump of the target. settling: steps from a jump of the target until the entropy is within 0.05
+    nats and stays for 5 steps, the mean of the jumps; None without a jump, the steps left where it never does.
+    accuracy, pass_at_8, distinct: on held-out prompts after the last step. kept: mean share of rollouts (of tokens,
+    where those are judged). tokens: response tokens in all. entropy, target: the two curves, nats.
+    """
+    entropy = [row.get("entropy") for row in rows]
+    target = [row.get("target") for row in rows]
+    known = [math.nan if t is None else t for t in target]
+    jumps = [s for s in range(1, len(rows)) if abs(known[s] - known[s - 1]) > STEP / 2]
+    late = range(len(rows) // 3, len(rows))
+    errors = {s: abs(e - known[s]) for s in late if (e := entropy[s]) is not None and target[s] is not None}
+    calm = [error for s, error in errors.items() if not any(0 <= s - jump < ALLOWED for jump in jumps)]
+    last = rows[-1]
+    return {
+        "error": statistics.fmean(errors.values()),
+        "worst": max(calm or errors.values()),
+        "settling": statistics.fmean(_settling(entropy, target, jumps)) if jumps else None,
+        "accuracy": last["eval_accuracy"],
+        "pass_at_8": last["eval_pass_at_8"],
+        "distinct": last["eval_distinct_correct"],
+        "entropy_end": last["eval_entropy"],
+        "kept": statistics.fmean(row["kept_token_fraction"] for row in rows if "kept_token_fraction" in row),
+        "tokens": sum(row["tokens_per_second"] * row["seconds"] for row in rows),
+        "bypassed": statistics.fmean(row["bypassed"] for row in rows if "bypassed" in row),
+        "skipped": sum(row.get("steps_skipped", 0.0) for row in rows),
+        "reward": [round(row["accuracy"], 4) for row in rows],
+        "negatives": [
+            None if row.get("kept_fraction_negative") is None else round(row["kept_fraction_negative"], 3)
+            for row in rows
+        ],
+        "entropy": [None if e is None else round(e, 4) for e in entropy],
+        "target": [None if t is None else round(t, 4) for t in target],
+    }
+
+
+def _settling(entropy: Sequence[Any], target: Sequence[Any], jumps: list[int]) -> Iterable[int]:
+    """Steps that each jump of the target took."""
+    for jump, end in zip(jumps, [*jumps[1:], len(entropy)], strict=True):
+        near = [abs(entropy[s] - target[s]) <= SETTLED for s in range(jump, end)]
+        waits = (w for w in range(len(near) - PATIENCE + 1) if all(near[w : w + PATIENCE]))
+        yield next(waits, len(near))
+
+
+def read_runs(path: Path) -> dict[str, dict[str, Any]]:
+    """The finished runs, by name; of a name that was run twice the last."""
+    if not path.exists():
+        return {}
+    rows = [json.loads(line) for line in path.read_text().splitlines() if line.strip()]
+    return {row["name"]: row for row in rows}
+
+
+def summarise(runs: Iterable[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Mean and spread (sample standard deviation) over seeds of every column, by `method-schedule-regime`."""
+    groups: dict[str, list[dict[str, Any]]] = defaultdict(list)
+    for run in runs:
+        groups[f"{run['method']}-{run['schedule']}-{run['regime']}"].append(run)
+    table = {}
+    for key, group in groups.items():
+        row: dict[str, Any] = {name: group[0][name] for name in ("method", "schedule", "regime")}
+        row["seeds"] = len(group)
+        for column in COLUMNS:
+            values = [run[column] for run in group if run[column] is not None]
+            row[column] = statistics.fmean(values) if values else None
+            row[f"{column}_spread"] = statistics.stdev(values) if len(values) > 1 else None
+        table[key] = row
+    return table
+
+
+def markdown(table: dict[str, dict[str, Any]]) -> str:
+    """One table a schedule and regime, the tightest first."""
+    lines = []
+    for regime in REGIMES:
+        for schedule in SCHEDULES:
+            rows = [row for row in table.values() if (row["schedule"], row["regime"]) == (schedule, regime)]
+            if not rows:
+                continue
+            lines += [
+                f"### {schedule}, {regime}", "",
+                "| method | seeks a target | error | worst | settling | accuracy | pass@8 | distinct right | "
+                "entropy at the end | kept | seeds |",
+                "|---|---|---|---|---|---|---|---|---|---|---|",
+            ]  # fmt: skip
+            for row in sorted(rows, key=lambda row: row["error"]):
+                cells = [row["method"], "yes" if row["method"] in TARGETED else "no"]
+                cells += [_cell(row, c, "" if c != "settling" else ".0f") for c in COLUMNS[:-1]]
+                lines.append("| " + " | ".join([*cells, str(row["seeds"])]) + " |")
+            lines.append("")
+    return "\n".join(lines)
+
+
+def _cell(row: dict[str, Any], column: str, form: str = "") -> str:
+    value, spread = row[column], row[f"{column}_spread"]
+    if value is None:
+        return ""
+    digits = {"error": 3, "worst": 3, "settling": 0, "distinct": 1}.get(column, 2)
+    return f"{value:.{digits}f}" + ("" if spread is None else f" ± {spread:.{digits}f}")
+
+
+def plot_curves(runs: dict[str, dict[str, Any]], schedule: str, regime: str, seed: int, path: Path) -> None:
+    """A small picture a method: entropy against target, one seed."""
+    chosen = [
+        run for run in runs.values()
+        if (run["schedule"], run["regime"], run["seed"]) == (schedule, regime, seed) and run["method"] in TARGETED
+    ]  # fmt: skip
+    if not chosen:
+        return
+    columns = 4
+    height = -(-len(chosen) // columns)
+    figure = Figure(figsize=(3 * columns, 2.1 * height), layout="constrained")
+    axes = figure.subplots(height, columns, squeeze=False, sharex=True, sharey=True).flat
+    for axis, run in zip(axes, sorted(chosen, key=lambda run: run["error"]), strict=False):
+        axis.plot(run["target"], color="#888888", lw=1)
+        axis.plot(run["entropy"], color="#0072B2", lw=1)
+        axis.set_title(f"{run['method']}: {run['error']:.3f} nats", fontsize=9)
+    figure.supxlabel("step")
+    figure.supylabel("entropy (nats)")
+    figure.savefig(path, dpi=110)
+
+
+def plot_frontier(table: dict[str, dict[str, Any]], path: Path) -> None:
+    """Tracking error against accuracy and distinct right answers, a point a method, on the falling line."""
+    figure = Figure(figsize=(11, 8), layout="constrained")
+    axes = figure.subplots(2, 2)
+    for line, regime in zip(axes, REGIMES, strict=True):
+        for axis, column in zip(line, ("accuracy", "distinct"), strict=True):
+            for row in table.values():
+                if (row["schedule"], row["regime"]) != ("line", regime):
+                    continue
+                colour = "#0072B2" if row["method"] in TARGETED else "#888888"
+                axis.plot(row["error"], row[column], "o", ms=4, color=colour)
+                axis.annotate(row["method"], (row["error"], row[column]), fontsize=6, xytext=(3, 2),
+                              textcoords="offset points")  # fmt: skip
+            axis.set_xscale("log")
+            axis.set_xlabel("tracking error (nats)")
+            axis.set_ylabel(f"{column} on held-out prompts")
+            axis.set_title(regime, fontsize=9)
+    figure.savefig(path, dpi=110)
+
+
+def write_report(out: Path) -> str:
+    """Writes `summary.json`, `table.md` and the figures beside `runs.jsonl`; returns the table."""
+    runs = read_runs(out / "runs.jsonl")
+    table = summarise(runs.values())
+    text = markdown(table)
+    (out / "summary.json").write_text(json.dumps(table, indent=1) + "\n")
+    (out / "table.md").write_text(text)
+    seeds = sorted({run["seed"] for run in runs.values()})
+    for regime in REGIMES:
+        for schedule in SCHEDULES:
+            plot_curves(runs, schedule, regime, seeds[0] if seeds else 1, out / f"curves_{schedule}_{regime}.png")
+    plot_frontier(table, out / "frontier.png")
+    return text
