@@ -217,7 +217,7 @@ def test_a_batch_without_spread_loses_nothing(name):
     ones_T = torch.ones(T, dtype=torch.float64)
     # All rows alike but for rounding, which is no spread however small mu is.
     rounded_T = ones_T + 1e-14 * torch.randn(T, dtype=torch.float64)
-    same = TokenStats(logprob_T=flat_T, entropy_T=rounded_T, lse_T=ones_T, p2_T=0.4 * ones_T, p2logp_T=-0.3 * ones_T)
+    same = TokenStats(logprob_T=flat_T, entropy_T=rounded_T, lse_T=ones_T, p2_T=0.6 * ones_T, p2logp_T=-0.3 * ones_T)
     terms = methods.build(name, mu=1e-9).terms(replace(tokens, stats=same), {})
     assert torch.equal(terms.mask_T, tokens.mask_T)
     nothing = replace(tokens, mask_T=torch.zeros_like(tokens.mask_T))
