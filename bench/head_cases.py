@@ -90,17 +90,34 @@ def eager(case: Case, dtype: torch.dtype) -> tuple[Tensor, ...]:
 
 
 def exact_rows(case: Case, rows: Tensor) -> dict[str, Tensor]:
-    """Log-probability, entropy and hidden gradient of some rows, in fp64, eight rows at a time."""
+    """Log-probability, entropy and hidden gradient of some rows, in fp64, eight rows at a time.
+
+    "hidden_grad_frozen" is the gradient where the entropy is a constant.
+    """
     weight_VH = case.weight_VH.detach().double()
-    parts: dict[str, list[Tensor]] = {"logprob": [], "entropy": [], "hidden_grad": []}
+    parts: dict[str, list[Tensor]] = {"logprob": [], "entropy": [], "hidden_grad": [], "hidden_grad_frozen": []}
+    constant = case._replace(grad_entropy_T=torch.zeros_like(case.grad_entropy_T))
     for some in rows.split(8):
         logp_NV = (case.hidden_TH.detach()[some].double() @ weight_VH.T).log_softmax(1)
         p_NV = logp_NV.exp()
         entropy_N = -(p_NV * logp_NV).sum(1)
         parts["logprob"].append(logp_NV.gather(1, case.target_T[some, None])[:, 0])
         parts["entropy"].append(entropy_N)
-        parts["hidden_grad"].append(_dlogits(case, some, logp_NV, entropy_N, case.target_T[some, None]) @ weight_VH)
+        for name, of in (("hidden_grad", case), ("hidden_grad_frozen", constant)):
+            parts[name].append(_dlogits(of, some, logp_NV, entropy_N, case.target_T[some, None]) @ weight_VH)
     return {name: torch.cat(values) for name, values in parts.items()}
+
+
+def library_rows(case: Case, rows: Tensor) -> dict[str, Tensor]:
+    """Log-probability and entropy of some rows from the library's product with fp32 output, reduced in fp64."""
+    hidden_NH, weight_VH = case.hidden_TH.detach()[rows], case.weight_VH.detach()
+    if hidden_NH.device.type == "cuda":
+        logit_NV = torch.mm(hidden_NH, weight_VH.T, out_dtype=torch.float32)
+    else:
+        logit_NV = hidden_NH.float() @ weight_VH.float().T
+    logp_NV = logit_NV.double().log_softmax(1)
+    logprob_N = logp_NV.gather(1, case.target_T[rows, None])[:, 0]
+    return {"logprob": logprob_N, "entropy": -(logp_NV.exp() * logp_NV).sum(1)}
 
 
 def exact_weight_grad(case: Case, columns: Tensor, stats: TokenStats) -> Tensor:

@@ -36,8 +36,11 @@ def test_every_section_of_the_measurement_runs(tmp_path):
         assert 0 < errors["logprob_mean"] < 5e-6 < found["correctness"]["eager_bf16"]["logprob_mean"]
         assert found["speed"]["ms"][mode] > 0
         assert found["repeatability"][mode]
-    stores = found["correctness"]["recompute"]
-    assert 0.5 < stores["hidden_grad_stores"] < 1.6 > stores["weight_grad_stores"] > 0.5
+        if mode != "statistics":
+            assert 0.5 < errors["hidden_grad_stores"] < 1.6
+        if mode in ("recompute", "cache", "policy_loss"):
+            assert 0.5 < errors["weight_grad_stores"] < 1.6
+    assert 0 < found["correctness"]["library_fp32"]["entropy_mean"] < 5e-6
     assert found["zero_rows"]["share"] > 0  # a time: what it should be is for a machine with nothing else to do
     assert "recompute" in (tmp_path / "measure_head.md").read_text()
 
