@@ -14,16 +14,29 @@ unexport PYTHONPATH PYTHONHOME VIRTUAL_ENV PIP_TARGET PIP_PREFIX PIP_USER PIP_CO
 export PYRIGHT_PYTHON_IGNORE_WARNINGS := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint bench clean install
+.PHONY: help demo test test-verl lint bench clean install
 
 help: ## show this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' Makefile
 
 demo: install ## train a tiny model three ways on the CPU and draw its entropy curves into runs/demo/
 	$(VENV)/python train/demo.py $(ARGS)
 
 test: install ## run every test
 	$(VENV)/python -P -m pytest -q --durations=10 $(ARGS)
+
+# verl needs older libraries than the rest: an environment of its own, made again when its list of packages changes.
+test-verl: .venv-verl/whole ## compare losses and advantages with verl, in an environment of its own
+	.venv-verl/bin/python -P -m pytest tests/verl -q -W ignore $(ARGS)
+
+.venv-verl/whole: tests/verl/requirements.txt
+	@test -n "$(PYTHON)" || { echo "error: no Python 3.11 to 3.14 found; install one, or name it: make PYTHON=/path/to/python3 ..." >&2; exit 1; }
+	rm -rf .venv-verl
+	"$(PYTHON)" -m venv .venv-verl
+	.venv-verl/bin/python -m pip install -q -r tests/verl/requirements.txt
+	.venv-verl/bin/python -m pip install -q --no-deps verl==0.9.1
+	.venv-verl/bin/python -m pip install -q --no-deps --no-build-isolation -e .
+	touch $@
 
 lint: install ## ruff check, ruff format --check, pyright
 	$(VENV)/ruff check .
@@ -36,7 +49,7 @@ bench: install ## time kernels and steps against their rivals
 	else echo "bench/ holds no benchmark yet"; fi
 
 clean: ## remove .venv, caches and build folders; runs/ stays
-	rm -rf .venv build dist .pytest_cache .ruff_cache .hypothesis .benchmarks *.egg-info
+	rm -rf .venv .venv-verl build dist .pytest_cache .ruff_cache .hypothesis .benchmarks *.egg-info
 	find kernels entrocraft train tests bench docs .ci -name __pycache__ -type d -prune -exec rm -rf {} +
 
 install: ## make or mend .venv

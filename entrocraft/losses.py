@@ -144,10 +144,11 @@ def _seq_mean_token_mean(layout: _Layout) -> Tensor:
 
 
 def _seq_mean_token_sum_norm(layout: _Layout) -> Tensor:
+    sequences = int((layout.per_rollout(layout.counted_T) > 0).sum())
     if layout.scale is not None:
-        return _constant(layout, layout.scale)
+        return _constant(layout, layout.scale * sequences)
     length_R = torch.bincount(layout.rollout_T, minlength=len(layout.group_R))
-    return _constant(layout, int(length_R.max()) if len(length_R) else 0)
+    return _constant(layout, int(length_R.max()) * sequences if len(length_R) else 0)
 
 
 def _fixed(layout: _Layout) -> Tensor:
@@ -209,7 +210,7 @@ def token_weights(
     kept_tokens                sum M K l / sum M K
     seq_mean_token_sum         mean over rollouts with a counted token, rejected ones included, of sum_t M K l
     seq_mean_token_mean        the same mean of sum_t M K l / |y|
-    seq_mean_token_sum_norm    sum M K l / scale; scale defaults to the longest response of the batch
+    seq_mean_token_sum_norm    seq_mean_token_sum / scale; scale defaults to the longest response of the batch
     fixed                      sum M K l / scale, scale required: prompts x rollouts x longest allowed response
     eq5                        mean over groups with |S_x| > 0 of sum over S_x of sum_t M K l / |S_x|, where S_x
                                are the kept rollouts of prompt x whose advantage is not 0
@@ -218,8 +219,9 @@ def token_weights(
     Masking a rollout out and giving it advantage 0 differ in these denominators and nowhere else. A batch with
     nothing kept has weights 0. Not differentiable.
 
-    Source: the modes of verl; eq5 is Equation 5 of arXiv 2604.26326, with zero-advantage rollouts left out of |S_x|
-    (they contribute nothing, and would dilute the mean); fixed is Dr. GRPO's (arXiv 2503.20783).
+    Source: the modes of verl 0.9.1 (before, its seq_mean_token_sum_norm did not divide by the rollouts); eq5 is
+    Equation 5 of arXiv 2604.26326, with zero-advantage rollouts left out of |S_x| (they contribute nothing, and would
+    dilute the mean); fixed is Dr. GRPO's (arXiv 2503.20783).
 
     Args:
         rollout_T: int64 `[T]`, non-decreasing. mask_T: bool `[T]`. group_R: int64 `[R]`.

@@ -130,8 +130,10 @@ def _weights_by_loop(
             out.append(1.0 / sum(1 for c in counted if c))
         elif name == "seq_mean_token_mean":
             out.append(1.0 / sum(1 for c in counted if c) / counted[r])
-        elif name in ("seq_mean_token_sum_norm", "fixed"):
-            out.append(1.0 / (scale if scale is not None else max(padded)))
+        elif name == "seq_mean_token_sum_norm":
+            out.append(1.0 / sum(1 for c in counted if c) / (scale if scale is not None else max(padded)))
+        elif name == "fixed":
+            out.append(1.0 / scale)
         else:
             out.append(1.0 / filled / len(members[group[r]]) if r in members[group[r]] else 0.0)
     return out

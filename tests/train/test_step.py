@@ -89,7 +89,7 @@ def plain_gradient(policy, rollouts, stats, decision, aggregation):
             "kept_tokens": 1 / kept_tokens,
             "seq_mean_token_sum": 1 / 12,
             "seq_mean_token_mean": 1 / (12 * length),
-            "seq_mean_token_sum_norm": 1 / 9,
+            "seq_mean_token_sum_norm": 1 / (12 * 9),
             "fixed": 1 / (12 * 9),
             "eq5": 1 / (3 * max(active[r // GROUP], 1)),
         }[aggregation]
