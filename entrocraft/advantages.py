@@ -4,7 +4,8 @@ rollouts; `raw_advantages` has those of the reward alone.
 A reward of NaN means "no verdict" (the grader failed or ran out of time): such a rollout is left out of its
 group's statistics and gets advantage 0, so it neither helps nor hurts. A rollout alone in its group, or the only
 one with a verdict, has nothing to be compared with: baseline 0 and scale 1, its advantage is its reward.
-Where all rewards of a group are equal the advantages are exactly 0, whatever rounding the mean has.
+Where all rewards of a group are equal the advantages are exactly 0, whatever rounding the mean has; not so where the
+batch is whitened (`reinforce_pp`, `reinforce_pp_baseline`), unless all of the batch is equal.
 """
 
 from collections.abc import Callable

@@ -7,7 +7,8 @@ With d = ref_logprob - logprob and the token drawn from pi:
     k3 = e^d - d - 1   unbiased, >= 0, low variance; its gradient is that of the reverse, KL(ref || pi)
     k1+, k3+           the value of k1 or k3 with the gradient of k2 (straight-through): both unbiased
 
-d is clamped to [-20, 20] and k3 to 10, as trainers do; beyond, there is no gradient. Entropy: a penalty towards a
+In k3 alone d is clamped to [-20, 20] and the value to 10, as trainers do: beyond, k3 is biased and has no gradient
+(k3+ keeps that of k2). Entropy: a penalty towards a
 reference of higher entropy holds the policy's up, without a set-point.
 
 Source: Schulman, Approximating KL divergence (2020); straight-through as in verl.

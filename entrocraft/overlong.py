@@ -1,7 +1,11 @@
 """DAPO's handling of responses that are too long: a penalty that grows towards the limit, and what to do at it."""
 
+import math
+
 import torch
 from torch import Tensor
+
+from entrocraft.rollouts import check_packing
 
 HANDLINGS = ("keep", "mask", "no_verdict")
 
@@ -15,14 +19,14 @@ def overlong_penalty(length_R: Tensor, *, limit: int, buffer: int, factor: float
         length_R: tokens of each response. limit: longest response, tokens. buffer: tokens before it that cost.
 
     Raises:
-        ValueError: not 0 < buffer <= limit, or factor < 0.
+        ValueError: not 0 < buffer <= limit, or factor not finite and >= 0.
 
     Source: Yu et al., DAPO (arXiv 2503.14476), section 3.4; its example is 20,480, 4,096 and 1.
     """
     if not 0 < buffer <= limit:
         raise ValueError(f"buffer = {buffer!r}, limit = {limit!r}: expected 0 < buffer <= limit, such as 4096 of 20480")
-    if not factor >= 0:
-        raise ValueError(f"factor = {factor!r}: expected a number >= 0, such as 1.0")
+    if not 0.0 <= factor < math.inf:
+        raise ValueError(f"factor = {factor!r}: expected a finite number >= 0, such as 1.0")
     excess_R = length_R.double() - (limit - buffer)
     return (-excess_R / buffer * factor).clamp(max=0.0).float()
 
@@ -36,13 +40,24 @@ def handle_truncated(
         mask         their tokens leave the loss and its denominators; their reward still counts in their group
         no_verdict   their reward becomes NaN: they leave their group's statistics too, and teach nothing
 
+    Args:
+        reward_R: floating point. mask_T: bool. rollout_T: int64, non-decreasing. truncated_R: bool.
+
     Raises:
-        ValueError: unknown handling.
+        ValueError: unknown handling, or shapes or dtypes that do not fit.
 
     Source: DAPO (arXiv 2503.14476), section 3.4, overlong filtering is `mask`.
     """
     if handling not in HANDLINGS:
         raise ValueError(f"handling = {handling!r}: expected one of {', '.join(map(repr, HANDLINGS))}")
+    check_packing(rollout_T, mask_T, len(reward_R))
+    if truncated_R.shape != reward_R.shape or truncated_R.dtype != torch.bool:
+        raise ValueError(
+            f"truncated_R must be bool of shape {tuple(reward_R.shape)}, like reward_R; "
+            f"got shape {tuple(truncated_R.shape)} {truncated_R.dtype}"
+        )
+    if handling == "no_verdict" and not reward_R.is_floating_point():
+        raise ValueError(f"reward_R is {reward_R.dtype}: 'no_verdict' writes NaN, give it as float32")
     if handling == "keep":
         return reward_R, mask_T
     if handling == "mask":

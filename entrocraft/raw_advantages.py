@@ -125,10 +125,12 @@ class w_reinforce:
 def whitened(value_R: Tensor, length_R: Tensor) -> Tensor:
     """`(value - mean) / sqrt(variance + 1e-8)` over tokens, each rollout counted `length_R` times, fp32 `[R]`.
 
-    Both fp64. A rollout of no token, or without a verdict, gets 0; a batch of one token or none does too.
+    Both fp64. A rollout of no token, or without a verdict, gets 0. So does a batch of one token or none, and one of
+    equal values: 1e-17 of rounding over sqrt(1e-8) would be an advantage, and count as one.
     """
     tokens = length_R.sum()
-    if float(tokens) <= 1:
+    counted_N = value_R[length_R > 0]
+    if float(tokens) <= 1 or bool((counted_N == counted_N[0]).all()):
         return torch.zeros_like(value_R, dtype=torch.float32)
     mean = (length_R * value_R).sum() / tokens
     variance = (length_R * (value_R - mean).square()).sum() / (tokens - 1)

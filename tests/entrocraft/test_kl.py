@@ -48,6 +48,12 @@ def test_far_log_ratios_stay_finite():
     assert value_T.tolist() == [10.0, 10.0]
     (gradient_T,) = torch.autograd.grad(value_T.sum(), far_T)
     assert gradient_T.tolist() == [0.0, 0.0]
+    # The clamps are of k3 alone: the others grow on, and k3+ has the gradient of k2.
+    assert kl(far_T, torch.zeros(2), kind="k1").tolist() == [-50.0, 50.0]
+    value_T = kl(far_T, torch.zeros(2), kind="k3+")
+    assert value_T.tolist() == [10.0, 10.0]
+    (gradient_T,) = torch.autograd.grad(value_T.sum(), far_T)
+    assert gradient_T.tolist() == [-50.0, 50.0]
 
 
 def test_bad_input_is_named():

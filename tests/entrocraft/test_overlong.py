@@ -51,7 +51,15 @@ def test_tool_tokens_count_nowhere():
 def test_bad_input_is_named():
     with pytest.raises(ValueError, match="buffer = 0, limit = 100: expected 0 < buffer <= limit"):
         overlong_penalty(torch.tensor([1]), limit=100, buffer=0)
-    with pytest.raises(ValueError, match=r"factor = -1\.0"):
-        overlong_penalty(torch.tensor([1]), limit=100, buffer=10, factor=-1.0)
+    for factor in (-1.0, math.inf, math.nan):
+        with pytest.raises(ValueError, match=f"factor = {factor}: expected a finite number >= 0"):
+            overlong_penalty(torch.tensor([1]), limit=100, buffer=10, factor=factor)
     with pytest.raises(ValueError, match="handling = 'drop'"):
         handle_truncated(*(torch.zeros(1),) * 4, handling="drop")
+    reward_R, mask_T, rollout_T = torch.zeros(2), torch.ones(2, dtype=torch.bool), torch.tensor([0, 1])
+    with pytest.raises(ValueError, match=r"truncated_R must be bool of shape \(2,\), like reward_R; got shape \(3,\)"):
+        handle_truncated(reward_R, mask_T, rollout_T, torch.zeros(3, dtype=torch.bool), handling="mask")
+    with pytest.raises(ValueError, match=r"truncated_R must be bool .* torch\.int64"):
+        handle_truncated(reward_R, mask_T, rollout_T, torch.zeros(2, dtype=torch.int64), handling="mask")
+    with pytest.raises(ValueError, match=r"reward_R is torch\.int64: 'no_verdict' writes NaN"):
+        handle_truncated(reward_R.long(), mask_T, rollout_T, mask_T, handling="no_verdict")

@@ -75,6 +75,15 @@ def test_too_few_tokens_to_whiten_give_no_advantage():
     assert alone.tolist() == [0.0]
 
 
+@pytest.mark.parametrize("name", ["reinforce_pp", "reinforce_pp_baseline", "opo"])
+@pytest.mark.parametrize("value", [0.1, 0.7, 1.0 / 3.0, -1.0])
+@pytest.mark.parametrize("lengths", [[1, 1, 1], [3, 5, 7], [2, 0, 9], [0, 0, 0]])
+def test_equal_rewards_give_exactly_nothing(name, value, lengths):
+    # Their rounded mean is not the value itself, and what counts as having an advantage is whether it is 0.
+    reward_R, group_R = torch.full((3,), value, dtype=torch.float64), torch.zeros(3, dtype=torch.int64)
+    assert advantages.build(name)(reward_R, group_R, torch.tensor(lengths)).tolist() == [0.0] * 3
+
+
 def test_bad_input_is_named():
     reward_R, group_R = torch.tensor([1.0, 0.0]), torch.tensor([0, 0])
     for name in ("opo", "reinforce_pp", "reinforce_pp_baseline"):
