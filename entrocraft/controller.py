@@ -271,7 +271,9 @@ def _kept_change(
         if given_loss:  # it holds the given advantages, and plain policy gradient would be in another unit
             return math.nan
         change = BatchChange.of(stats, batch, advantage_R=verdict.advantage_R, loss_fn=None, temperature=temperature)
-    return math.nan if change is None else change.kept(verdict.keep_R, verdict.keep_T, batch.rollout_T)
+    if change is None:
+        return math.nan
+    return change.kept(verdict.keep_R, verdict.keep_T, batch.rollout_T, verdict.weight_R)
 
 
 def _decision(
@@ -279,10 +281,11 @@ def _decision(
 ) -> Decision:
     verdict = judgement.verdict
     keep_T = verdict.keep_R[batch.rollout_T] if verdict.keep_T is None else verdict.keep_T
+    advantage_R = verdict.advantage_R if verdict.weight_R is None else verdict.advantage_R * verdict.weight_R
     return Decision(
         keep_T=torch.from_numpy(keep_T).to(device),
         keep_R=torch.from_numpy(verdict.keep_R).to(device),
-        advantage_R=torch.from_numpy(verdict.advantage_R).float().to(device),
+        advantage_R=torch.from_numpy(advantage_R).float().to(device),
         direction=aim.direction,
         bypassed=judgement.bypassed,
         reason=judgement.reason,

@@ -157,11 +157,18 @@ class BatchChange:
             )
         return BatchChange(change_T, change_R)
 
-    def kept(self, keep_R: np.ndarray, keep_T: np.ndarray | None, rollout_T: np.ndarray) -> float:
-        """Sum over the kept rollouts, or over the kept tokens where single tokens were judged."""
-        if keep_T is None:
-            return math.fsum(self.change_R[keep_R])
-        return math.fsum(per_rollout(masked(self.change_T, keep_T), rollout_T, len(keep_R)))
+    def kept(
+        self,
+        keep_R: np.ndarray,
+        keep_T: np.ndarray | None,
+        rollout_T: np.ndarray,
+        weight_R: np.ndarray | None = None,
+    ) -> float:
+        """Sum over the kept rollouts, or the kept tokens where single tokens were judged, each times its weight."""
+        kept_R = self.change_R * keep_R
+        if keep_T is not None:
+            kept_R = per_rollout(masked(self.change_T, keep_T), rollout_T, len(keep_R))
+        return math.fsum(kept_R if weight_R is None else kept_R * weight_R)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from entrocraft.batch import per_rollout
-from entrocraft.registry import lookup
+from entrocraft.registry import build_from, lookup
 from entrocraft.verdict import Rule, RuleInputs, Verdict
 
 LEVELS = ("sequence", "token")
@@ -64,6 +64,22 @@ class soft:
             u = uniform(inputs.seed, inputs.step, int(inputs.group_R[index]), int(inputs.sample_R[index]))
             keep_R[index] = u <= probability_R[index]
         return Verdict(keep_R=keep_R, advantage_R=inputs.advantage_R, probability_R=probability_R)
+
+
+@dataclass(frozen=True, slots=True)
+class soft_expected(soft):
+    """`soft` without the draw: keep every rollout, and multiply its loss by `exp(min(0, gamma m A))`.
+
+    The update is the expectation of soft's over its draws, so it has less noise. Nothing counts as rejected: the
+    controller's limits on what is kept never bind, and a denominator that counts the kept does not shrink.
+
+    Entropy: as `soft`. gamma: >= 0. Source: this project.
+    """
+
+    def __call__(self, inputs: RuleInputs) -> Verdict:
+        everything = np.ones(len(inputs.advantage_R), dtype=bool)
+        weight_R = self.acceptance(inputs.direction, inputs.advantage_R)
+        return Verdict(keep_R=everything, advantage_R=inputs.advantage_R, weight_R=weight_R)
 
 
 @dataclass(frozen=True, slots=True)
@@ -202,13 +218,16 @@ def uniform(seed: int, step: int, group: int, sample: int) -> float:
     return float(word >> np.uint64(11)) * 2.0**-53
 
 
-RULES: dict[str, Callable[..., Rule]] = {
+RULES: dict[str, Callable[..., Rule] | str] = {
     "none": none,
     "soft": soft,
+    "soft_expected": soft_expected,
     "hard": hard,
     "switch": switch,
     "first_order": first_order,
     "budget": budget,
+    "group_scale": "entrocraft.corrections:group_scale",  # these two wrap a rule, given as `rule=`
+    "tempered": "entrocraft.corrections:tempered",
 }
 
 
@@ -231,16 +250,12 @@ PRESETS: dict[str, Preset] = {
 
 
 def build(name: str, **arguments: Any) -> Rule:
-    """The rule of that name.
+    """The rule of that name, or of the import path `package.module:name`.
 
     Raises:
         ValueError: unknown name, arguments it does not take, or values it refuses.
     """
-    make = lookup(RULES, name, "rule")
-    try:
-        return make(**arguments)
-    except TypeError as error:
-        raise ValueError(f"rule {name!r} was given {sorted(arguments)}: {error}") from error
+    return build_from(RULES, name, arguments, "rule")
 
 
 def preset(name: str) -> Preset:

@@ -40,6 +40,7 @@ class Verdict:
 
     advantage_R: float64, what the loss must use instead of the given advantages.
     probability_R: float64, the chance each rollout had of being kept, where the rule draws; None where it does not.
+    weight_R: float64 >= 0, what the loss of each rollout is multiplied by, besides its advantage; None for 1.
 
     The controller checks it against the batch (`check_verdict`) before it is used.
     """
@@ -48,6 +49,7 @@ class Verdict:
     advantage_R: np.ndarray
     keep_T: np.ndarray | None = None
     probability_R: np.ndarray | None = None
+    weight_R: np.ndarray | None = None
 
 
 class Rule(Protocol):
@@ -69,6 +71,10 @@ def check_verdict(verdict: Verdict, inputs: RuleInputs, rule: Rule) -> None:
         _check_array(rule, "probability_R", verdict.probability_R, R, "rollout", np.float64)
         if not ((verdict.probability_R >= 0.0) & (verdict.probability_R <= 1.0)).all():
             raise ValueError(f"rule {rule} returned a probability_R outside [0, 1]: expected chances of being kept")
+    if verdict.weight_R is not None:
+        _check_array(rule, "weight_R", verdict.weight_R, R, "rollout", np.float64)
+        if not ((verdict.weight_R >= 0.0) & (verdict.weight_R < np.inf)).all():
+            raise ValueError(f"rule {rule} returned a weight_R that is negative or not finite: 0 takes a rollout out")
     if verdict.keep_T is None:
         return
     _check_array(rule, "keep_T", verdict.keep_T, T, "token", np.bool_)
