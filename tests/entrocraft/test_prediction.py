@@ -200,3 +200,60 @@ def test_gain_has_a_floor_and_a_threshold() -> None:
 def test_gain_out_of_range(name: str, value: float) -> None:
     with pytest.raises(ValueError, match=f"{name} = {value}"):
         Gain(**{"value" if name == "initial_gain" else name: value})
+
+
+@given(seed=st.integers(0, 10_000), vocab=st.integers(2, 30), sharpness=st.floats(0.2, 4.0))
+def test_first_order_for_any_row(seed: int, vocab: int, sharpness: float) -> None:
+    # Central differences along the gradient of log p_y: third order in eta, so fp64 rounding (1e-16 / eta) decides.
+    generator = torch.Generator().manual_seed(seed)
+    logits_TV = sharpness * torch.randn(1, vocab, generator=generator, dtype=torch.float64)
+    token_T = torch.multinomial(logits_TV.softmax(-1), 1, generator=generator)[:, 0]
+    step_TV = torch.nn.functional.one_hot(token_T, vocab) - logits_TV.softmax(-1)
+    moved_T = _entropy(logits_TV + ETA * step_TV, 1.0) - _entropy(logits_TV - ETA * step_TV, 1.0)
+    logp_TV = torch.log_softmax(logits_TV, -1)
+    p_TV = logp_TV.exp()
+    stats = TokenStats(
+        logprob_T=logp_TV.gather(1, token_T[:, None])[:, 0],
+        entropy_T=_entropy(logits_TV, 1.0),
+        lse_T=torch.logsumexp(logits_TV, -1),
+        p2_T=p_TV.square().sum(-1),
+        p2logp_T=(p_TV.square() * logp_TV).sum(-1),
+    )
+    change = float(predicted_entropy_change(stats, lambda x: -x.sum()))
+    assert float(moved_T) / (2 * ETA) == pytest.approx(change, rel=1e-3, abs=1e-8)
+
+
+@pytest.mark.parametrize("advantage", [1.0, -0.7])
+def test_a_step_of_the_head_moves_its_row_by_the_square_of_the_hidden_state(
+    advantage: float, stats_of: Callable[..., TokenStats]
+) -> None:
+    # z = W h and W -= eta dL/dW move z by -eta |h|^2 dL/dz: the entropy of a batch of one row changes by |h|^2 D.
+    generator = torch.Generator().manual_seed(11)
+    weight_VH = torch.randn(V, 6, generator=generator, dtype=torch.float64, requires_grad=True)
+    for token in range(V):
+        hidden_TH = torch.randn(1, 6, generator=generator, dtype=torch.float64)
+        logits_TV = hidden_TH @ weight_VH.T
+        loss = -advantage * torch.log_softmax(logits_TV, -1)[0, token]
+        (gradient_VH,) = torch.autograd.grad(loss, weight_VH)
+        with torch.no_grad():
+            moved_TV = hidden_TH @ (weight_VH - ETA * gradient_VH).T
+            realised = float(_entropy(moved_TV, 1.0) - _entropy(logits_TV, 1.0)) / ETA
+        stats = stats_of(logits_TV.detach(), torch.tensor([token]))
+        change = float(predicted_entropy_change(stats, lambda x: -advantage * x.sum()))
+        # Relative to |h|^2, as single changes may be near 0; second order is eta |h|^4.
+        assert realised == pytest.approx(float(hidden_TH.square().sum()) * change, rel=1e-3, abs=1e-5)
+
+
+@pytest.mark.parametrize("sharpness", [0.5, 3.0])
+def test_a_constant_advantage_moves_nothing_in_expectation(
+    sharpness: float, stats_of: Callable[..., TokenStats]
+) -> None:
+    # Every token of every row once, weighed by its probability: E_p[S - Sbar] = 0, of whatever sign the advantage.
+    generator = torch.Generator().manual_seed(13)
+    rows_RV = sharpness * torch.randn(9, V, generator=generator, dtype=torch.float64)
+    logits_TV, token_T = rows_RV.repeat_interleave(V, 0), torch.arange(V).repeat(9)
+    p_T = rows_RV.softmax(-1).flatten()
+    for advantage in (1.0, -1.0):
+        change_T = predicted_entropy_change(stats_of(logits_TV, token_T), lambda x, a=advantage: -(a * p_T * x).sum())
+        assert float(change_T.abs().max()) > 1e-4
+        assert change_T.reshape(9, V).sum(-1).tolist() == pytest.approx([0.0] * 9, abs=1e-14)
