@@ -5,14 +5,13 @@ import math
 import re
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
-from entrocraft import EntropyController, EntropyScheduleWarning, bands, predicted_entropy_change, rules, schedules
+from entrocraft import EntropyController, EntropyScheduleWarning, bands, rules, schedules
 from entrocraft.rules import Rule
 
 ALL_RULES: list[Rule] = [
@@ -372,59 +371,3 @@ def test_a_state_with_values_of_the_wrong_type_is_refused(name: str, value: obje
     with pytest.raises(ValueError, match=re.escape(message)):
         controller.load_state_dict(before | {name: value})
     assert controller.state_dict() == before
-
-
-@dataclass(frozen=True)
-class weighed:
-    """Keeps all but rollout 0, or every second token, and weighs rollout r by r / 10, or by `weight`."""
-
-    tokens: bool = False
-    weight: Any = None
-
-    def __call__(self, inputs: rules.RuleInputs) -> rules.Verdict:
-        R = len(inputs.group_R)
-        return rules.Verdict(
-            keep_R=np.ones(R, dtype=bool) if self.tokens else np.arange(R) > 0,
-            advantage_R=inputs.advantage_R,
-            keep_T=np.arange(len(inputs.rollout_T)) % 2 == 0 if self.tokens else None,
-            weight_R=np.arange(R) / 10 if self.weight is None else self.weight,
-        )
-
-
-@pytest.mark.parametrize("tokens", [False, True])
-def test_weights_of_a_rule_reach_the_loss_and_the_prediction(tokens: bool, scored_batch: Callable[..., Any]) -> None:
-    scored = scored_batch(4)
-    decision = scored.decide(_controller(1.0, weighed(tokens=tokens)), 0)
-    weight_R = torch.arange(96) / 10
-    torch.testing.assert_close(decision.advantage_R, scored.advantage_R * weight_R)
-    # The first-order change of the update itself: plain policy gradient with the weighed advantages on what is kept.
-    kept_T = (scored.mask_T & decision.keep_T).double()
-    advantage_T = decision.advantage_R[scored.rollout_T].double()
-    change_T = predicted_entropy_change(
-        scored.stats, lambda x: -(kept_T * advantage_T * x).sum() / int(scored.mask_T.sum())
-    )
-    assert abs(float(change_T.double().sum())) > 1e-4
-    assert decision.metrics["predicted_change_kept"] == pytest.approx(float(change_T.double().sum()), rel=1e-4)
-
-
-@pytest.mark.parametrize("value", [-0.5, math.nan, math.inf])
-def test_weights_must_be_finite_and_not_negative(value: float, scored_batch: Callable[..., Any]) -> None:
-    with pytest.raises(ValueError, match="a weight_R that is negative or not finite"):
-        scored_batch(4).decide(_controller(1.0, weighed(weight=np.full(96, value))), 0)
-    with pytest.raises(ValueError, match=r"weight_R of shape \(95,\)"):
-        scored_batch(4).decide(_controller(1.0, weighed(weight=np.ones(95))), 0)
-
-
-def test_soft_expected_is_the_mean_of_soft(scored_batch: Callable[..., Any]) -> None:
-    scored = scored_batch(6)
-    target = _entropy(scored) - 0.3
-    expected = scored.decide(_controller(target, rules.soft_expected(gamma=0.7)), 0)
-    assert bool(expected.keep_R.all())
-    torch.testing.assert_close(
-        expected.advantage_R, scored.advantage_R * (0.7 * scored.advantage_R).clamp(max=0.0).exp()
-    )
-    soft = [scored.decide(_controller(target, rules.soft(gamma=0.7), seed=seed), 0) for seed in range(200)]
-    mean_R = torch.stack([one.advantage_R * one.keep_R for one in soft]).mean(0)
-    # Five standard deviations of a draw at worst, chance one half.
-    error_R = (mean_R - expected.advantage_R).abs() / scored.advantage_R.abs().clamp(min=1e-6)
-    assert float(error_R.max()) <= 5 * 0.5 / math.sqrt(200)
