@@ -213,9 +213,9 @@ def make_objective(
         )  # fmt: skip
 
     weight_T = weights(tokens.keep_T)
-    of_mean = tuple(replace(term, weight_T=term.weight_T * weight_T) for term in terms.extra_of_mean)
     if tokens.importance_T is not None:
         weight_T = weight_T * tokens.importance_T
+    of_mean = tuple(replace(term, weight_T=term.weight_T * weight_T) for term in terms.extra_of_mean)
     if terms.gradient_T is not None:
         weight_T = weight_T * terms.gradient_T
     return PolicyObjective(
