@@ -6,46 +6,31 @@ import operator
 import warnings
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from entrocraft import rules
+from entrocraft.aim import Aim
 from entrocraft.bands import Band, band, check_reachable
 from entrocraft.batch import Batch
 from entrocraft.decision import Decision, entropy_metrics, keep_metrics
 from entrocraft.guard import Guard
+from entrocraft.judgement import Judge, Judgement
 from entrocraft.kernels.token_stats import TokenStats
 from entrocraft.prediction import BatchChange, Gain, LossFn, check_temperature
+from entrocraft.release import Release, far
 from entrocraft.schedules import NotMeasured, Schedule
 from entrocraft.state import ControllerState
-from entrocraft.verdict import Rule, RuleInputs, Verdict, check_verdict
+from entrocraft.verdict import Rule, Verdict
 
-# A first target this much above the measured entropy, relative and absolute, asks for entropy the model never had.
-_FAR_ABOVE_SHARE = 0.25
-_FAR_ABOVE_NATS = 0.02
+_RELEASE = Release()
 
 
 class EntropyScheduleWarning(UserWarning):
     """The schedule starts far above the entropy the model has."""
-
-
-class _Aim(NamedTuple):
-    """Where the entropy should be, nats, and the change that would bring it to the schedule's next value."""
-
-    target: float
-    low: float
-    high: float
-    direction: int
-    need: float
-
-
-class _Judgement(NamedTuple):
-    verdict: Verdict
-    bypassed: bool
-    reason: str
 
 
 class EntropyController:
@@ -58,6 +43,7 @@ class EntropyController:
         seed: >= 0, for rules that draw.
         warmup_steps: decisions at the start that keep everything and only measure.
         min_kept_fraction, min_groups, min_authority: see `Guard`.
+        release: when control lets go for longer, see `Release`; None for never.
         ema, initial_gain: see `Gain`.
         vocab_size: if given, a band above log(vocab_size) is an error.
         last_step: >= 0, if given: the whole schedule up to it is checked, now or, where it begins at the first
@@ -78,6 +64,7 @@ class EntropyController:
         min_kept_fraction: float = 0.02,
         min_groups: int = 8,
         min_authority: float = 0.02,
+        release: Release | None = _RELEASE,
         ema: float = 0.9,
         initial_gain: float = 10.0,
         vocab_size: int | None = None,
@@ -90,9 +77,15 @@ class EntropyController:
             raise ValueError(f"vocab_size = {vocab_size!r}: expected at least 2 tokens, or None if unknown")
         self._band = schedule if isinstance(schedule, Band) else band(schedule, width)
         self._rule = rules.build(rule) if isinstance(rule, str) else rule
-        self._guard = Guard(min_kept_fraction=min_kept_fraction, min_groups=min_groups, min_authority=min_authority)
+        self._judge = Judge(
+            rule=self._rule,
+            guard=Guard(min_kept_fraction=min_kept_fraction, min_groups=min_groups, min_authority=min_authority),
+            release=release,
+            warmup_steps=warmup_steps,
+            seed=seed,
+        )
         self._ema = Gain(value=initial_gain, ema=ema).ema
-        self._seed, self._warmup_steps, self._vocab_size, self._last_step = seed, warmup_steps, vocab_size, last_step
+        self._vocab_size, self._last_step = vocab_size, last_step
         if last_step is not None:
             with contextlib.suppress(NotMeasured):  # the rest is checked once there is an entropy
                 self._band.check(last_step, vocab_size)
@@ -125,7 +118,7 @@ class EntropyController:
             step: an integer >= 0; what the schedule is asked at. The aim of an update is the schedule at step + 1.
             stats: of the T packed tokens under the policy before the update; with p2_T for the rules that predict.
             rollout_T: int64 `[T]`, non-decreasing. group_R: int64 `[R]`, >= 0. advantage_R: `[R]`, finite.
-            reward_R: `[R]`, raw rewards; rule `switch` needs them.
+            reward_R: `[R]`, raw rewards, NaN for no verdict; rule `switch` needs them, and `Release` to see them fall.
             mask_T: bool `[T]`, tokens the loss counts; None for all.
             loss_fn: logprob_T to the scalar loss of the whole batch with everything kept; None means plain policy
                 gradient, `-sum(mask A logprob) / sum(mask)`. It holds the given advantages: for a rule that replaces
@@ -149,8 +142,7 @@ class EntropyController:
         verdict = judgement.verdict
         kept = _kept_change(stats, batch, verdict, change, given_loss=loss_fn is not None, temperature=temperature)
         metrics = entropy_metrics(batch) | keep_metrics(batch, verdict)
-        metrics |= _control_metrics(aim, state, step, batch.entropy, change, kept)
-        metrics["bypassed"] = float(judgement.bypassed)
+        metrics |= _control_metrics(aim, state, step, change, kept) | _release_metrics(judgement)
         self._state = replace(
             state,
             decided=state.decided + 1,
@@ -158,6 +150,7 @@ class EntropyController:
             entropy=batch.entropy,
             predicted=None if math.isnan(kept) else kept,
             kept_fraction=metrics["kept_fraction"],
+            release=judgement.memory,
         )
         return _decision(batch, aim, judgement, metrics, stats.logprob_T.device)
 
@@ -197,21 +190,13 @@ class EntropyController:
         )
         return replace(state, gain=gain.value, numerator=gain.numerator, denominator=gain.denominator)
 
-    def _aim(self, step: int, entropy: float, state: ControllerState) -> _Aim:
+    def _aim(self, step: int, entropy: float, state: ControllerState) -> Aim:
         assert state.anchor is not None, "the first entropy anchors the schedule"
         assert state.excess is not None, "set together with the anchor"
-        edges = self._band.anchored(state.anchor)
-        low, high = edges(step)
-        check_reachable(high, step, self._vocab_size)
-        aim = _Aim(
-            target=edges.target(step),
-            low=low,
-            high=high,
-            direction=int(entropy > high) - int(entropy < low),
-            need=edges.target(step + 1) - entropy,
-        )
+        aim = Aim.of(self._band.anchored(state.anchor), step, entropy)
+        check_reachable(aim.high, step, self._vocab_size)
         steers = not isinstance(self._rule, rules.none)
-        if state.decided == 0 and steers and _far_above(state.excess, state.anchor):
+        if state.decided == 0 and steers and far(state.excess, state.anchor):
             warnings.warn(
                 f"the schedule starts at {aim.target:.4f} nats, far above the measured entropy of {entropy:.4f}: "
                 "entropy would have to be raised first, which costs reward; start it where the model stands "
@@ -220,41 +205,6 @@ class EntropyController:
                 stacklevel=3,
             )
         return aim
-
-    def _judge(
-        self, batch: Batch, aim: _Aim, change: BatchChange | None, state: ControllerState, step: int
-    ) -> _Judgement:
-        """The rule's verdict, or everything kept where the warm-up or the guard says so."""
-        inputs = RuleInputs(
-            direction=aim.direction,
-            want=aim.need / state.gain,
-            rollout_T=batch.rollout_T,
-            mask_T=batch.mask_T,
-            group_R=batch.group_R,
-            sample_R=batch.sample_R,
-            advantage_R=batch.advantage_R,
-            reward_R=batch.reward_R,
-            change_T=None if change is None else change.change_T,
-            change_R=None if change is None else change.change_R,
-            seed=self._seed,
-            step=step,
-        )
-        verdict = self._rule(inputs)
-        check_verdict(verdict, inputs, self._rule)
-        where = {1: "above", -1: "below", 0: "inside"}[aim.direction]
-        place = f"entropy {batch.entropy:.4f} nats {where} the band [{aim.low:.4f}, {aim.high:.4f}]"
-        everything = Verdict(keep_R=np.ones(len(batch.group_R), dtype=bool), advantage_R=batch.advantage_R)
-        if state.decided < self._warmup_steps:
-            reason = f"warm-up {state.decided + 1} of {self._warmup_steps}: {place}, everything kept"
-            return _Judgement(everything, bypassed=False, reason=reason)
-        why = "" if isinstance(self._rule, rules.none) else self._guard.reason(batch, verdict, inputs.change_T)
-        if why:
-            return _Judgement(everything, bypassed=True, reason=f"bypassed, {why}; {place}, everything kept")
-        kept = f"kept {int(verdict.keep_R.sum())} of {len(verdict.keep_R)} rollouts"
-        if verdict.keep_T is not None:
-            tokens = int(np.count_nonzero(verdict.keep_T & batch.mask_T))
-            kept = f"kept {tokens} of {len(batch.entropy_N)} tokens"
-        return _Judgement(verdict, bypassed=False, reason=f"{place}: {self._rule} {kept}")
 
 
 def _kept_change(
@@ -277,7 +227,7 @@ def _kept_change(
 
 
 def _decision(
-    batch: Batch, aim: _Aim, judgement: _Judgement, metrics: dict[str, float], device: torch.device
+    batch: Batch, aim: Aim, judgement: Judgement, metrics: dict[str, float], device: torch.device
 ) -> Decision:
     verdict = judgement.verdict
     keep_T = verdict.keep_R[batch.rollout_T] if verdict.keep_T is None else verdict.keep_T
@@ -294,7 +244,7 @@ def _decision(
 
 
 def _control_metrics(
-    aim: _Aim, state: ControllerState, step: int, entropy: float, change: BatchChange | None, kept: float
+    aim: Aim, state: ControllerState, step: int, change: BatchChange | None, kept: float
 ) -> dict[str, float]:
     assert state.anchor is not None, "set when the batch was observed"
     assert state.excess is not None, "set together with the anchor"
@@ -304,22 +254,30 @@ def _control_metrics(
         "band_low": aim.low,
         "band_high": aim.high,
         "direction": float(aim.direction),
-        "error": entropy - aim.target,
+        "error": aim.entropy - aim.target,
         "need": aim.need,
         "gain": state.gain,
         "predicted_change_all": math.nan if change is None else math.fsum(change.change_R),
         "predicted_change_kept": kept,
         "predicted_change": state.gain * kept,
-        "realised_change": math.nan if before is None else entropy - before,
+        "realised_change": math.nan if before is None else aim.entropy - before,
         "target_start_excess": state.excess,
-        "target_start_far_above": float(_far_above(state.excess, state.anchor)),
+        "target_start_far_above": float(far(state.excess, state.anchor)),
+    }
+
+
+def _release_metrics(judgement: Judgement) -> dict[str, float]:
+    """Of the guard and of the release. reward_mean, reward_best: as watched, NaN while there is none."""
+    memory = judgement.memory
+    return {
+        "bypassed": float(judgement.bypassed),
+        "released": float(memory.since is not None),
+        "reach": judgement.reach,
+        "reward_mean": math.nan if memory.reward is None else memory.reward,
+        "reward_best": math.nan if memory.best is None else memory.best,
     }
 
 
 def _follows(step: int, state: ControllerState) -> bool:
     """Whether the last decision was the one for the step before."""
     return state.step is not None and step == state.step + 1
-
-
-def _far_above(excess: float, entropy: float) -> bool:
-    return excess > max(_FAR_ABOVE_SHARE * entropy, _FAR_ABOVE_NATS)

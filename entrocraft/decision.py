@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from entrocraft.batch import Batch
-from entrocraft.guard import carrying
+from entrocraft.guard import carrying, taught
 from entrocraft.verdict import Verdict
 
 
@@ -68,18 +68,19 @@ def entropy_metrics(batch: Batch) -> dict[str, float]:
 
 
 def keep_metrics(batch: Batch, verdict: Verdict) -> dict[str, float]:
-    """What was kept. Fractions of rollouts go by `keep_R`, so where single tokens are judged look at the tokens' one.
+    """What was kept; a weight of 0 rejects a rollout. Where single tokens are judged look at the tokens' fraction:
+    those of rollouts count each that keeps any.
 
     authority: share of rollouts with an advantage other than 0. active_fraction: kept and with an advantage in the
     loss other than 0; kept_groups: the prompts those come from. acceptance_mean: mean chance of being kept, which for a
     rule that does not draw is the kept fraction itself.
     """
-    keep_R = verdict.keep_R
+    keep_R = taught(verdict)
     chance_R = keep_R if verdict.probability_R is None else verdict.probability_R
     active_R = keep_R & (verdict.advantage_R != 0)
     tokens = float(batch.counted_R[keep_R].sum())
     if verdict.keep_T is not None:
-        tokens = float(np.count_nonzero(verdict.keep_T & batch.mask_T))
+        tokens = float(np.count_nonzero(verdict.keep_T & batch.mask_T & keep_R[batch.rollout_T]))
     return {
         "kept_fraction": float(keep_R.mean()),
         "acceptance_mean": math.fsum(chance_R) / len(chance_R),

@@ -1,4 +1,4 @@
-"""When a controller must let go: control that rests on almost nothing does harm and must not be silent."""
+"""When a controller must let go for a step: control that rests on almost nothing does harm and must not be silent."""
 
 from dataclasses import dataclass
 
@@ -15,9 +15,9 @@ _ROUNDING_SHARE = 1e-6
 class Guard:
     """Limits below which a decision is set aside and everything is kept, for this step, with a reason.
 
-    min_kept_fraction: share of all rollouts that must be kept with an advantage other than 0. Where single tokens
-        are judged, a rollout counts only if it keeps a token of the loss whose predicted change is not 0 (beyond
-        rounding): tokens the policy is certain of always pass and teach nothing.
+    min_kept_fraction: share of all rollouts that must be kept with an advantage, and a weight (`Verdict.weight_R`),
+        other than 0. Where single tokens are judged, a rollout counts only if it keeps a token of the loss whose
+        predicted change is not 0 (beyond rounding): tokens the policy is certain of always pass and teach nothing.
     min_groups: distinct prompts those must come from, at most a quarter of the batch's prompts, at least one.
     min_authority: share of all rollouts that must have an advantage other than 0 to begin with; without it there is
         nothing to accept or reject, and the entropy is out of the controller's hands.
@@ -26,8 +26,8 @@ class Guard:
     0: that switches the guard off, for runs that must train on whatever is left as the released code of arXiv
     2604.26326 does, even if that is an update of nothing. Only a verdict that rejects everything is then set aside.
 
-    Not guarded: whether the changes a rule can choose from are large enough to reach the aim. That is for the metrics
-    to show (`predicted_change_all`, `predicted_change` against `need`).
+    It forgets each batch. Whether control costs the reward, or is out of reach of its aim, takes longer to see:
+    `Release`.
 
     Source: the kept-sequence and group limits follow the failure that arXiv 2604.26326 reports in its appendix C.5,
     steps that rest on very few rollouts; authority is this project's.
@@ -57,9 +57,7 @@ class Guard:
         if self.min_kept_fraction == self.min_groups == self.min_authority == 0:
             return "" if _kept(batch, verdict, None).any() else "starved: nothing at all is kept"
         why = self._without_authority(carrying(batch, verdict))
-        rejects = not verdict.keep_R.all() or (verdict.keep_T is not None and not verdict.keep_T.all())
-        untouched = not rejects and np.array_equal(verdict.advantage_R, batch.advantage_R)
-        if why or untouched:
+        if why or not rejects(batch, verdict):
             return why
         moved = "" if verdict.keep_T is None or change_T is None else " and a token that moves entropy"
         return self._starved(_kept(batch, verdict, change_T) & (verdict.advantage_R != 0), batch.group_R, moved)
@@ -87,6 +85,17 @@ class Guard:
         return ""
 
 
+def rejects(batch: Batch, verdict: Verdict) -> bool:
+    """Whether a verdict takes out a rollout or a token, or replaces an advantage."""
+    everything = taught(verdict).all() and (verdict.keep_T is None or verdict.keep_T.all())
+    return not (everything and np.array_equal(verdict.advantage_R, batch.advantage_R))
+
+
+def taught(verdict: Verdict) -> np.ndarray:
+    """bool `[R]`: rollouts that are kept with a weight other than 0."""
+    return verdict.keep_R if verdict.weight_R is None else verdict.keep_R & (verdict.weight_R != 0)
+
+
 def carrying(batch: Batch, verdict: Verdict) -> np.ndarray:
     """bool `[R]`: rollouts with an advantage other than 0, as given or as the rule replaced it."""
     return (batch.advantage_R != 0) | (verdict.advantage_R != 0)
@@ -95,9 +104,9 @@ def carrying(batch: Batch, verdict: Verdict) -> np.ndarray:
 def _kept(batch: Batch, verdict: Verdict, change_T: np.ndarray | None) -> np.ndarray:
     """bool `[R]`: rollouts that keep something of use; single tokens must be of the loss, and move entropy."""
     if verdict.keep_T is None:
-        return verdict.keep_R
+        return taught(verdict)
     useful_T = verdict.keep_T & batch.mask_T
     if change_T is not None:
         size_T = np.abs(change_T)
         useful_T &= size_T > _ROUNDING_SHARE * size_T.max()
-    return per_rollout(useful_T, batch.rollout_T, len(verdict.keep_R)) > 0
+    return taught(verdict) & (per_rollout(useful_T, batch.rollout_T, len(verdict.keep_R)) > 0)
