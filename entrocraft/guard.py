@@ -24,7 +24,8 @@ class Guard:
 
     Some rollout must be kept with an advantage, and some must have one, however low the limits, unless all three are
     0: that switches the guard off, for runs that must train on whatever is left as the released code of arXiv
-    2604.26326 does, even if that is an update of nothing. Only a verdict that rejects everything is then set aside.
+    2604.26326 does, even if that is an update of nothing. Only a verdict that rejects everything is then set aside,
+    if the controller's `release` is None too.
 
     It forgets each batch. Whether control costs the reward, or is out of reach of its aim, takes longer to see:
     `Release`.

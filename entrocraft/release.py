@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 # The reward that is watched: plain mean of so many batches at first, then the newest counts one in so many.
-_BATCHES = 5
+_BATCHES = 10
 # Standard errors of that mean that a fall must exceed, on either side.
 _ERRORS = 2.0
 # Control costs rollouts where it keeps no more than this share of them.
@@ -53,7 +53,7 @@ class Memory:
 class Release:
     """Limits beyond which control lets go: everything is kept, step after step, with a reason, until it may hold again.
 
-    Reward. m is the mean reward of recent batches (the newest counts one in five), s its standard error, from the
+    Reward. m is the mean reward of recent batches (the newest counts one in ten), s its standard error, from the
     spread of the prompts' means. Lowest is the smallest reward ever seen, so that rewards of 0 and 1 and of -1 and +1
     are treated alike, and best the highest m - 2 s. Reward has fallen where
 

@@ -281,6 +281,12 @@ class EntropyConfig:
     limits around it at 0, only a step that would keep nothing at all goes uncontrolled."""
     min_groups: int = 8
     """Fewer prompts kept than this (or a quarter of the batch's, if less): the step goes uncontrolled, visibly."""
+    release: bool = True
+    """Control lets go, visibly, when reward falls under it or when it stays far out of reach of its curve."""
+    release_share: float = 0.8
+    """Reward below this share of its best, both above the lowest, has fallen; 0: it never has."""
+    release_patience: int = 5
+    """Steps of fallen reward under control until control lets go."""
 
     def __post_init__(self) -> None:
         _require(

@@ -3,8 +3,9 @@
 import dataclasses
 import importlib
 
-from entrocraft import EntropyController, losses, methods, rules, schedules
+from entrocraft import EntropyController, corrections, losses, methods, rules, schedules
 from entrocraft.registry import resolve
+from entrocraft.release import Release
 from entrocraft.train.config import Config, ScheduleConfig
 from entrocraft.train.step import policy_loss
 
@@ -62,6 +63,7 @@ def build_controller(config: Config, *, vocab_size: int) -> tuple[EntropyControl
         rule = rules.build(name, **options.get(name, {}), **entropy.rule_options)
         aggregation = config.loss.aggregation or "token_mean"
         _check_predictable(rule, name, aggregation)
+    release = Release(reward_share=entropy.release_share, patience=entropy.release_patience)
     controller = EntropyController(
         build_schedule(entropy.schedule, config.optimizer.steps),
         rule,
@@ -71,6 +73,7 @@ def build_controller(config: Config, *, vocab_size: int) -> tuple[EntropyControl
         min_kept_fraction=entropy.min_kept_fraction,
         min_groups=entropy.min_groups,
         min_authority=entropy.min_authority,
+        release=release if entropy.release else None,
         vocab_size=vocab_size,
         last_step=config.optimizer.steps,
     )
@@ -97,9 +100,13 @@ def build_method(config: Config) -> methods.Method:
 
 def _check_predictable(rule: rules.Rule, name: str, aggregation: str) -> None:
     """Raise ValueError where the denominator of the loss would change with what the rule rejects by prediction."""
-    if isinstance(rule, rules.budget | rules.first_order) and aggregation in losses.KEPT_DENOMINATORS:
+    inner = rule
+    while isinstance(inner, corrections.group_scale | corrections.tempered):
+        inner = corrections.wrapped(inner.rule)
+    if isinstance(inner, rules.budget | rules.first_order) and aggregation in losses.KEPT_DENOMINATORS:
+        described = repr(name) if inner is rule else f"{name!r}, which wraps {inner},"
         raise ValueError(
-            f"entropy.rule = {name!r} does not go with loss.aggregation = {aggregation!r}: it adds up predicted "
+            f"entropy.rule = {described} does not go with loss.aggregation = {aggregation!r}: it adds up predicted "
             "entropy changes of the loss over all tokens, and this denominator shrinks with every rejection; set "
             "loss.aggregation to 'token_mean'"
         )

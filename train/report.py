@@ -109,6 +109,7 @@ def summarise(rows: Rows) -> dict[str, float]:
     _put(summary, "kept fraction (mean)", column(rows, "kept_fraction")[1])
     for label, name in (
         ("steps bypassed", "bypassed"),
+        ("steps released", "released"),
         ("steps skipped", "steps_skipped"),
         ("reward time-outs", "reward_timeouts"),
         ("reward errors", "reward_errors"),

@@ -1,6 +1,7 @@
 """The guard's limits, each just met and just missed."""
 
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -8,6 +9,7 @@ import torch
 
 from entrocraft import TokenStats
 from entrocraft.batch import Batch
+from entrocraft.decision import keep_metrics
 from entrocraft.guard import Guard
 from entrocraft.rules import Verdict
 
@@ -130,3 +132,51 @@ def test_switched_off_it_lets_anything_stand_but_nothing_at_all() -> None:
     assert off.reason(batch, _token_verdict(batch, [False] * 200)) == "starved: nothing at all is kept"
     # One limit above 0 and all of it is on.
     assert Guard(min_kept_fraction=0.0, min_groups=0).reason(batch, silenced).startswith("starved: 0 of 200")
+
+
+def test_a_weight_of_zero_rejects() -> None:
+    batch = _batch([1.0] * 100, samples=100)
+    everything = np.ones(100, dtype=bool)
+
+    def weighted(taught: int, **changes: Any) -> Verdict:
+        weight_R = np.where(np.arange(100) < taught, 0.25, 0.0)
+        return Verdict(**({"keep_R": everything, "advantage_R": batch.advantage_R, "weight_R": weight_R} | changes))
+
+    assert Guard().reason(batch, weighted(100)) == ""
+    assert Guard().reason(batch, weighted(2)) == ""
+    assert Guard().reason(batch, weighted(1)).startswith("starved: 1 of 100 rollouts")
+    # Kept and weighed more than 0, of which there is one: the tokens or rollouts that are kept begin at the second.
+    keep_R = np.arange(100) >= 1
+    assert Guard().reason(batch, weighted(2, keep_R=keep_R)).startswith("starved: 1 of 100 rollouts")
+    assert Guard().reason(batch, weighted(2, keep_R=keep_R, keep_T=keep_R)).startswith("starved: 1 of 100 rollouts")
+    assert Guard().reason(batch, weighted(3, keep_R=keep_R, keep_T=keep_R)) == ""
+    off = Guard(min_kept_fraction=0.0, min_groups=0, min_authority=0.0)
+    assert off.reason(batch, weighted(0)) == "starved: nothing at all is kept"
+    assert off.reason(batch, weighted(1)) == ""
+
+
+def test_prompts_without_weight_do_not_feed() -> None:
+    # Eight prompts of two: a quarter of them, two, must be left.
+    batch = _batch([1.0, -1.0] * 8, samples=2)
+    for weighed, why in ((4, ""), (2, "starved: what is kept comes from 1 of 8 prompts, at least 2 are needed")):
+        weight_R = (np.arange(16) < weighed).astype(float)
+        verdict = Verdict(keep_R=np.ones(16, dtype=bool), advantage_R=batch.advantage_R, weight_R=weight_R)
+        assert Guard().reason(batch, verdict) == why
+
+
+def test_what_is_counted_as_kept_has_a_weight() -> None:
+    batch = _batch([1.0, -1.0, 1.0, 0.0] * 2, samples=4)
+    weight_R = np.array([1.0, 1.0, 0.0, 0.0, 2.0, 0.0, 0.5, 1.0])
+    keep_R = np.array([True, False, True, True, True, True, True, True])
+    for keep_T in (None, keep_R):
+        verdict = Verdict(keep_R=keep_R, advantage_R=batch.advantage_R, weight_R=weight_R, keep_T=keep_T)
+        assert keep_metrics(batch, verdict) == {
+            "kept_fraction": 4 / 8,  # rollouts 0, 4, 6, 7
+            "acceptance_mean": 4 / 8,
+            "kept_token_fraction": 4 / 8,
+            "kept_fraction_positive": 3 / 4,
+            "kept_fraction_negative": 0.0,
+            "kept_groups": 2.0,
+            "active_fraction": 3 / 8,
+            "authority": 6 / 8,
+        }

@@ -87,6 +87,24 @@ def test_prediction_needs_a_denominator_that_stays(rule, level, aggregation):
     assert build_controller(configuration(rule="hard", aggregation=aggregation), vocab_size=VOCAB)[1] == aggregation
 
 
+@pytest.mark.parametrize(
+    ("rule", "options"),
+    [
+        ("group_scale", {"rule": "budget"}),
+        ("tempered", {"rule": "first_order"}),
+        ("group_scale", {"rule": {"name": "group_scale", "rule": {"name": "budget", "level": "token"}}}),
+    ],
+)
+def test_prediction_is_looked_for_inside_the_wrappers(rule, options):
+    with pytest.raises(ValueError, match="does not go with") as caught:
+        build_controller(configuration(rule=rule, rule_options=options, aggregation="eq5"), vocab_size=VOCAB)
+    inner = "first_order" if rule == "tempered" else "budget"
+    assert f"entropy.rule = '{rule}', which wraps {inner}(level=" in str(caught.value)
+    assert build_controller(configuration(rule=rule, rule_options=options), vocab_size=VOCAB)[1] == "token_mean"
+    other = configuration(rule=rule, rule_options={"rule": "soft"}, aggregation="eq5")
+    assert build_controller(other, vocab_size=VOCAB)[1] == "eq5"
+
+
 LINE = [1.0, 0.875, 0.75, 0.625, 0.5, 0.5]
 
 
@@ -166,3 +184,32 @@ def test_options_reach_the_controller():
     loose = dataclasses.replace(config.entropy, min_kept_fraction=0.5, warmup_steps=0)
     controller, _ = build_controller(dataclasses.replace(config, entropy=loose), vocab_size=VOCAB)
     assert decide(controller, 0, 2.0).keep_R.tolist() == [True, False, True, False]
+
+
+def test_when_control_lets_go_is_configured():
+    def first_released(**release):
+        config = configuration(rule="hard", schedule=ScheduleConfig(kind="constant", start=1.0), **release)
+        controller, _ = build_controller(config, vocab_size=VOCAB)
+        # Right and wrong in turn for ten steps, then only wrong, below the band throughout.
+        rewards = [torch.tensor([1.0, 0.0, 1.0, 0.0] * 100)] * 10 + [torch.zeros(400)] * 20
+        released = [
+            controller.decide(
+                step=step,
+                stats=TokenStats(logprob_T=-torch.ones(400), entropy_T=torch.full((400,), 0.9), lse_T=torch.ones(400)),
+                rollout_T=torch.arange(400),
+                group_R=torch.arange(400) // 4,
+                advantage_R=torch.tensor([1.0, -1.0] * 200),
+                reward_R=reward_R,
+            ).metrics["released"]
+            for step, reward_R in enumerate(rewards)
+        ]
+        return released.index(1.0) if 1.0 in released else None
+
+    # 0.9^n < 0.8 from n = 3, step 12; to 0.5 from n = 7, step 16, and for the errors a step later at most.
+    assert first_released(release_patience=1) in (12, 13)
+    assert first_released() - first_released(release_patience=1) == 4
+    assert first_released(release_share=0.5, release_patience=1) in (16, 17)
+    assert first_released(release=False) is None
+    assert first_released(release_share=0.0) is None
+    with pytest.raises(ValueError, match=re.escape("patience = 0: expected a number of steps > 0")):
+        first_released(release_patience=0)
