@@ -1,7 +1,10 @@
 """Which methods make the entropy follow a curve, and what that costs: real training of the demo's tiny model.
 
+On the demo's task, where one prompt has many right answers, or with `--task addition` where it has one.
+
     python bench/bench_entropy_tracking.py --out bench/results/entropy_tracking            # hours; goes on where it was
     python bench/bench_entropy_tracking.py --out DIR --methods none budget hard --schedules line --seeds 1
+    python bench/bench_entropy_tracking.py --out DIR --task addition
     python bench/bench_entropy_tracking.py --out DIR --report                              # tables and figures alone
 
 Same warm start, prompts and number of rollouts for all methods of a seed; one process and one thread a run. Each
@@ -29,7 +32,7 @@ BENCH = Path(__file__).resolve().parent
 if str(BENCH) not in sys.path:  # workers and pytest import this file without having run it
     sys.path.insert(0, str(BENCH))
 
-from tracking_cases import FREE, REGIMES, SCHEDULES, TARGETED, Case, grid  # noqa: E402
+from tracking_cases import FREE, REGIMES, SCHEDULES, TARGETED, TASKS, Case, grid  # noqa: E402
 
 CONFIG = BENCH.parent / "train" / "configs" / "demo.yaml"
 
@@ -57,21 +60,25 @@ def run_case(case: Case, scratch: Path, model: Path, data: tuple[Path, Path], st
     return {**case._asdict(), "name": case.name, "seconds": round(time.perf_counter() - started, 1), **found}
 
 
-def prepare(scratch: Path, seeds: Sequence[int], warm_start_steps: int | None) -> tuple[dict[int, Path], Any]:
+def prepare(
+    scratch: Path, seeds: Sequence[int], warm_start_steps: int | None, task: str = "sums"
+) -> tuple[dict[int, Path], tuple[Path, Path]]:
     """The warm-started model of every seed, and the two files of problems."""
     from entrocraft.train.config_reader import load_config
-    from entrocraft.train.warm_start import STEPS, warm_start, write_problems
+    from entrocraft.train.warm_start import warm_start
 
-    shape = load_config([f"--config={CONFIG}"]).model.tiny
-    steps = STEPS if warm_start_steps is None else warm_start_steps
-    models = {seed: warm_start(scratch / "models", shape, seed, steps=steps) for seed in seeds}
-    return models, write_problems(scratch / "data")
+    shape, chosen = load_config([f"--config={CONFIG}"]).model.tiny, TASKS[task]
+    models = {
+        seed: warm_start(scratch / "models", shape, seed, steps=warm_start_steps, lessons=chosen.lessons)
+        for seed in seeds
+    }
+    return models, chosen.write_problems(scratch / ("data" if task == "sums" else f"data_{task}"))
 
 
 def run_grid(
     cases: list[Case], out: Path, scratch: Path, *, jobs: int, steps: int | None, warm_start_steps: int | None
 ) -> int:
-    """Runs what is not in `out/runs.jsonl` yet; returns how many failed."""
+    """Runs what is not in `out/runs.jsonl` yet, of cases of one task; returns how many failed."""
     from tracking_report import read_runs
 
     from entrocraft.train.demo import provenance
@@ -82,7 +89,7 @@ def run_grid(
     print(f"{len(cases) - len(todo)} of {len(cases)} runs are there, {len(todo)} to go", flush=True)
     if not todo:
         return 0
-    models, data = prepare(scratch, sorted({case.seed for case in todo}), warm_start_steps)
+    models, data = prepare(scratch, sorted({case.seed for case in todo}), warm_start_steps, todo[0].task)
     origin, failed = {"commit": provenance()["commit"], "steps": steps}, 0
     with _pool(jobs) as pool:
         futures = {pool.submit(run_case, case, scratch, models[case.seed], data, steps): case for case in todo}
@@ -119,16 +126,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--scratch", type=Path, default=Path("runs/entropy_tracking"), help="models and unfinished runs"
     )
+    parser.add_argument("--task", choices=list(TASKS), default="sums", help="default: %(default)s")
     parser.add_argument("--methods", nargs="+", choices=[*FREE, *TARGETED], help="default: all")
-    parser.add_argument("--schedules", nargs="+", choices=list(SCHEDULES), help="default: all")
+    parser.add_argument("--schedules", nargs="+", choices=list(SCHEDULES), help="default: all of the task's")
     parser.add_argument("--regimes", nargs="+", choices=list(REGIMES), help="default: both")
     parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3])
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="runs at a time, a thread each; 0: here")
     parser.add_argument("--steps", type=int, help="of every run; default: the regime's")
-    parser.add_argument("--warm-start-steps", type=int, help="default: the demo's")
+    parser.add_argument("--warm-start-steps", type=int, help="default: the task's")
     parser.add_argument("--report", action="store_true", help="only write tables and figures")
     given = parser.parse_args(argv)
-    cases = grid(given.methods, given.schedules, given.regimes, tuple(given.seeds))
+    try:
+        cases = grid(given.methods, given.schedules, given.regimes, tuple(given.seeds), given.task)
+    except ValueError as error:
+        parser.error(str(error))
     failed = 0
     if not given.report:
         failed = run_grid(

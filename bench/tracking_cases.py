@@ -1,13 +1,18 @@
-"""What the entropy-tracking benchmark runs: every method, on curves if it seeks a target, in two regimes.
+"""What the entropy-tracking benchmark runs: every method, on curves if it seeks a target, in two regimes, on two tasks.
 
 A case is a configuration of the trainer and nothing else; what its name says stands here in full.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from pathlib import Path
 from typing import NamedTuple
 
+import addition_task
+
 from entrocraft.schedules import Schedule, constant, cosine, join, linear, measured, oscillate
+from entrocraft.train.warm_start import SUMS, Lessons, write_problems
 
 # Nats between the measured start and the end of a falling curve, as a share of the start.
 FALL = 0.55
@@ -64,6 +69,36 @@ class Regime(NamedTuple):
 
 REGIMES = {"one_pass": Regime(1, 1, 5e-4, 150), "reused": Regime(2, 4, 1.5e-4, 100)}
 
+
+class Task(NamedTuple):
+    """What is learnt: problems and warm start, the curves asked for, and settings on top of the demo's file."""
+
+    lessons: Lessons
+    write_problems: Callable[[Path], tuple[Path, Path]]
+    schedules: dict[str, Callable[[int], Schedule]]
+    regimes: dict[str, Regime]
+    digits: int  # decimals of a tracking error in the tables
+    settings: tuple[str, ...] = ()
+
+
+TASKS = {
+    "sums": Task(SUMS, write_problems, SCHEDULES, REGIMES, 3),
+    # A tenth of the entropy a token, so the band of the sign rules is a quarter as wide. Four times the tokens a step,
+    # hence fewer steps; the learning rates are those that end the uncontrolled policy near the end of the curves.
+    "addition": Task(
+        addition_task.LESSONS,
+        addition_task.write_problems,
+        {one.__name__: one for one in (addition_task.line, addition_task.half_cosine)},
+        {"one_pass": Regime(1, 1, 1e-4, 80), "reused": Regime(2, 4, 5e-5, 50)},
+        4,
+        (
+            "--reward.name=addition_task:score",
+            "--sampling.max_response_tokens=36",
+            "--entropy.width=0.005",
+        ),
+    ),
+}
+
 _SIGNED = ("--reward.signed=true",)
 _WIDTH = "--entropy.width=0.02"
 
@@ -119,15 +154,18 @@ class Case(NamedTuple):
     schedule: str
     regime: str
     seed: int
+    task: str = "sums"
 
     @property
     def name(self) -> str:
         """The run's folder, and its key in the results."""
-        return f"{self.method}-{self.schedule}-{self.regime}-seed{self.seed}"
+        task = "" if self.task == "sums" else f"{self.task}-"
+        return f"{task}{self.method}-{self.schedule}-{self.regime}-seed{self.seed}"
 
     def overrides(self, steps: int | None = None) -> list[str]:
         """Settings on top of the demo's file; `steps` in place of the regime's."""
-        regime = REGIMES[self.regime]
+        task = TASKS[self.task]
+        regime, schedule = task.regimes[self.regime], task.schedules[self.schedule]
         arguments = TARGETED.get(self.method) or FREE[self.method]
         rule = [] if any(a.startswith("--entropy.rule=") for a in arguments) else ["--entropy.rule=none"]
         return [
@@ -136,11 +174,12 @@ class Case(NamedTuple):
             f"--optimizer.lr={regime.lr}",
             f"--batch.updates_per_step={regime.updates}",
             f"--loss.passes={regime.passes}",
-            f"--entropy.schedule.kind=tracking_cases:{self.schedule}",
+            f"--entropy.schedule.kind={schedule.__module__}:{self.schedule}",
             "--evaluation.every=0",
             "--checkpoint.every=100000",
             *rule,
             *arguments,
+            *task.settings,
         ]
 
 
@@ -149,14 +188,24 @@ def grid(
     schedules: list[str] | None = None,
     regimes: list[str] | None = None,
     seeds: tuple[int, ...] = (1, 2, 3),
+    task: str = "sums",
 ) -> list[Case]:
-    """All cases, those first that say most: a seed is whole before the next, and a curve before the next."""
+    """All cases of a task, those first that say most: a seed is whole before the next, and a curve before the next.
+
+    Raises ValueError for a schedule or regime the task does not have.
+    """
+    for what, asked, there in (
+        ("schedules", schedules, TASKS[task].schedules),
+        ("regimes", regimes, TASKS[task].regimes),
+    ):
+        if unknown := [name for name in asked or [] if name not in there]:
+            raise ValueError(f"{what} {unknown}: the task {task!r} has {sorted(there)}; leave the others out")
     wanted = methods or [*FREE, *TARGETED]
     cases = []
     for seed in seeds:
-        for schedule in schedules or list(SCHEDULES):
-            for regime in regimes or list(REGIMES):
+        for schedule in schedules or list(TASKS[task].schedules):
+            for regime in regimes or list(TASKS[task].regimes):
                 for method in wanted:
                     if method in TARGETED or schedule == "line":
-                        cases.append(Case(method, schedule, regime, seed))
+                        cases.append(Case(method, schedule, regime, seed, task))
     return cases

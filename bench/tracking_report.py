@@ -12,7 +12,7 @@ from typing import Any
 
 import matplotlib as mpl
 from matplotlib.figure import Figure
-from tracking_cases import REGIMES, SCHEDULES, STEP, TARGETED
+from tracking_cases import STEP, TARGETED, TASKS, Case
 
 mpl.use("Agg")
 
@@ -79,13 +79,18 @@ def read_runs(path: Path) -> dict[str, dict[str, Any]]:
 
 
 def summarise(runs: Iterable[dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    """Mean and spread (sample standard deviation) over seeds of every column, by `method-schedule-regime`."""
+    """Mean and spread (sample standard deviation) over seeds of every column, by the name of a case without its seed.
+
+    A run without a task is one of sums.
+    """
     groups: dict[str, list[dict[str, Any]]] = defaultdict(list)
     for run in runs:
-        groups[f"{run['method']}-{run['schedule']}-{run['regime']}"].append(run)
+        case = Case(run["method"], run["schedule"], run["regime"], run["seed"], run.get("task", "sums"))
+        groups[case.name.removesuffix(f"-seed{case.seed}")].append(run)
     table = {}
     for key, group in groups.items():
         row: dict[str, Any] = {name: group[0][name] for name in ("method", "schedule", "regime")}
+        row["task"] = group[0].get("task", "sums")
         row["seeds"] = len(group)
         for column in COLUMNS:
             values = [run[column] for run in group if run[column] is not None]
@@ -96,43 +101,52 @@ def summarise(runs: Iterable[dict[str, Any]]) -> dict[str, dict[str, Any]]:
 
 
 def markdown(table: dict[str, dict[str, Any]]) -> str:
-    """One table a schedule and regime, the tightest first."""
+    """One table a task, schedule and regime, the tightest first."""
     lines = []
-    for regime in REGIMES:
-        for schedule in SCHEDULES:
-            rows = [row for row in table.values() if (row["schedule"], row["regime"]) == (schedule, regime)]
-            if not rows:
-                continue
-            lines += [
-                f"### {schedule}, {regime}", "",
-                "| method | seeks a target | error | worst | settling | accuracy | pass@8 | distinct right | "
-                "entropy at the end | kept | seeds |",
-                "|---|---|---|---|---|---|---|---|---|---|---|",
-            ]  # fmt: skip
-            for row in sorted(rows, key=lambda row: row["error"]):
-                cells = [row["method"], "yes" if row["method"] in TARGETED else "no"]
-                cells += [_cell(row, c, "" if c != "settling" else ".0f") for c in COLUMNS[:-1]]
-                lines.append("| " + " | ".join([*cells, str(row["seeds"])]) + " |")
-            lines.append("")
+    for task, schedule, regime in _panels():
+        rows = [row for row in table.values() if _panel(row) == (task, schedule, regime)]
+        if not rows:
+            continue
+        lines += [
+            "### " + ("" if task == "sums" else f"{task}: ") + f"{schedule}, {regime}", "",
+            "| method | seeks a target | error | worst | settling | accuracy | pass@8 | distinct right | "
+            "entropy at the end | kept | seeds |",
+            "|---|---|---|---|---|---|---|---|---|---|---|",
+        ]  # fmt: skip
+        for row in sorted(rows, key=lambda row: row["error"]):
+            cells = [row["method"], "yes" if row["method"] in TARGETED else "no"]
+            cells += [_cell(row, column, TASKS[task].digits) for column in COLUMNS[:-1]]
+            lines.append("| " + " | ".join([*cells, str(row["seeds"])]) + " |")
+        lines.append("")
     return "\n".join(lines)
 
 
-def _cell(row: dict[str, Any], column: str, form: str = "") -> str:
+def _panels() -> list[tuple[str, str, str]]:
+    """Task, schedule and regime of every table, in order."""
+    return [(name, s, r) for name, task in TASKS.items() for r in task.regimes for s in task.schedules]
+
+
+def _panel(row: dict[str, Any]) -> tuple[str, str, str]:
+    """The table that a run or a row of means belongs to."""
+    return row.get("task", "sums"), row["schedule"], row["regime"]
+
+
+def _cell(row: dict[str, Any], column: str, nats: int) -> str:
+    """Mean and spread; tracking errors with `nats` decimals, the entropy with one less."""
     value, spread = row[column], row[f"{column}_spread"]
     if value is None:
         return ""
-    digits = {"error": 3, "worst": 3, "settling": 0, "distinct": 1}.get(column, 2)
+    digits = {"error": nats, "worst": nats, "entropy_end": nats - 1, "settling": 0, "distinct": 1}.get(column, 2)
     return f"{value:.{digits}f}" + ("" if spread is None else f" ± {spread:.{digits}f}")
 
 
-def plot_curves(runs: dict[str, dict[str, Any]], schedule: str, regime: str, seed: int, path: Path) -> None:
-    """A small picture a method: entropy against target, one seed."""
-    chosen = [
-        run for run in runs.values()
-        if (run["schedule"], run["regime"], run["seed"]) == (schedule, regime, seed) and run["method"] in TARGETED
-    ]  # fmt: skip
-    if not chosen:
+def plot_curves(runs: dict[str, dict[str, Any]], panel: tuple[str, str, str], path: Path) -> None:
+    """A small picture a method: entropy against target, of the first seed."""
+    here = [run for run in runs.values() if _panel(run) == panel and run["method"] in TARGETED]
+    if not here:
         return
+    first, nats = min(run["seed"] for run in here), TASKS[panel[0]].digits
+    chosen = [run for run in here if run["seed"] == first]
     columns = 4
     height = -(-len(chosen) // columns)
     figure = Figure(figsize=(3 * columns, 2.1 * height), layout="constrained")
@@ -140,20 +154,22 @@ def plot_curves(runs: dict[str, dict[str, Any]], schedule: str, regime: str, see
     for axis, run in zip(axes, sorted(chosen, key=lambda run: run["error"]), strict=False):
         axis.plot(run["target"], color="#888888", lw=1)
         axis.plot(run["entropy"], color="#0072B2", lw=1)
-        axis.set_title(f"{run['method']}: {run['error']:.3f} nats", fontsize=9)
+        axis.set_title(f"{run['method']}: {run['error']:.{nats}f} nats", fontsize=9)
     figure.supxlabel("step")
     figure.supylabel("entropy (nats)")
     figure.savefig(path, dpi=110)
 
 
-def plot_frontier(table: dict[str, dict[str, Any]], path: Path) -> None:
-    """Tracking error against accuracy and distinct right answers, a point a method, on the falling line."""
+def plot_frontier(table: dict[str, dict[str, Any]], task: str, path: Path) -> None:
+    """Tracking error against accuracy and distinct right answers (pass@8 where there is one right answer), a point a
+    method, on the falling line."""
+    columns = ("accuracy", "distinct" if task == "sums" else "pass_at_8")
     figure = Figure(figsize=(11, 8), layout="constrained")
     axes = figure.subplots(2, 2)
-    for line, regime in zip(axes, REGIMES, strict=True):
-        for axis, column in zip(line, ("accuracy", "distinct"), strict=True):
+    for line, regime in zip(axes, TASKS[task].regimes, strict=True):
+        for axis, column in zip(line, columns, strict=True):
             for row in table.values():
-                if (row["schedule"], row["regime"]) != ("line", regime):
+                if _panel(row) != (task, "line", regime):
                     continue
                 colour = "#0072B2" if row["method"] in TARGETED else "#888888"
                 axis.plot(row["error"], row[column], "o", ms=4, color=colour)
@@ -173,9 +189,9 @@ def write_report(out: Path) -> str:
     text = markdown(table)
     (out / "summary.json").write_text(json.dumps(table, indent=1) + "\n")
     (out / "table.md").write_text(text)
-    seeds = sorted({run["seed"] for run in runs.values()})
-    for regime in REGIMES:
-        for schedule in SCHEDULES:
-            plot_curves(runs, schedule, regime, seeds[0] if seeds else 1, out / f"curves_{schedule}_{regime}.png")
-    plot_frontier(table, out / "frontier.png")
+    for panel in _panels():
+        name = "_".join(panel[panel[0] == "sums" :])
+        plot_curves(runs, panel, out / f"curves_{name}.png")
+    for task in sorted({row["task"] for row in table.values()}):
+        plot_frontier(table, task, out / ("frontier.png" if task == "sums" else f"frontier_{task}.png"))
     return text

@@ -3,11 +3,14 @@
 The prompt is `NN=`, the right answers are all `a+b` with a + b = N, so entropy is worth something: a policy that has
 collapsed still scores, but knows one answer a prompt. The warm start is ordinary supervised training on random correct
 sums; towards its end half of them are wrong by a little, so that the policy starts diverse, and with much to learn.
+Another task brings `Lessons` of its own.
 """
 
 import hashlib
 import json
 import random
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +29,22 @@ NOISY_SHARE = 0.3
 ERRORS = (-11, -10, -5, -2, -1, 1, 2, 5, 10, 11)
 VERSION = 3
 """Raise it when anything here changes: it is part of the name of the cached model."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Lessons:
+    """What a warm start teaches, and for how long."""
+
+    key: str
+    """Part of the name of the cached model: a new one whenever anything below changes its meaning."""
+    demonstration: Callable[[random.Random, bool], str]
+    """Prompt and answer in one, drawn from the generator; some of the noisy ones (True) are wrong."""
+    prompt_tokens: int
+    """Tokens of every prompt, on which nothing is learnt."""
+    steps: int = STEPS
+    batch: int = BATCH
+    learning_rate: float = LEARNING_RATE
+    """At the first step; it falls linearly to 0."""
 
 
 def is_held_out(n: int) -> bool:
@@ -51,6 +70,9 @@ def _demonstration(rng: random.Random, noisy: bool) -> str:
     return f"{n}={a}+{total - a}"
 
 
+SUMS = Lessons(key=str(VERSION), demonstration=_demonstration, prompt_tokens=len("00="))
+
+
 def _batch(texts: list[str], tokenizer: Any, prompt_length: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Token ids [B, L] and labels [B, L] of the next token; -100 where the next token is prompt or padding."""
     rows = [tokenizer.encode(text) for text in texts]  # ends with the end mark
@@ -64,23 +86,27 @@ def _batch(texts: list[str], tokenizer: Any, prompt_length: int) -> tuple[torch.
     return tokens_BL[:, :-1], labels_BL
 
 
-def warm_start(folder: Path, shape: TinyModelConfig, seed: int, *, steps: int = STEPS) -> Path:
+def warm_start(
+    folder: Path, shape: TinyModelConfig, seed: int, *, steps: int | None = None, lessons: Lessons = SUMS
+) -> Path:
     """Trains the model and writes it as a Hugging Face folder, unless a finished one is there; returns that folder.
 
-    A function of its arguments: the random numbers come from `seed` alone.
+    A function of its arguments: the random numbers come from `seed` alone. `steps` stands in for the lessons' own.
     """
-    digest = hashlib.sha256(f"{VERSION} {shape} {seed} {steps}".encode()).hexdigest()[:12]
+    steps = lessons.steps if steps is None else steps
+    digest = hashlib.sha256(f"{lessons.key} {shape} {seed} {steps}".encode()).hexdigest()[:12]
     place = folder / f"warm_start-seed{seed}-{digest}"
     if (place / "tokenizer_config.json").is_file():
         return place
     rng = random.Random(seed)
     model, tokenizer = build_tiny_model(shape, seed)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, betas=BETAS)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=lessons.learning_rate, betas=BETAS)
     for step in track(range(steps), description="warm start (supervised)"):
         noisy = step >= (1 - NOISY_SHARE) * steps
-        inputs_BL, labels_BL = _batch([_demonstration(rng, noisy) for _ in range(BATCH)], tokenizer, len("00="))
+        texts = [lessons.demonstration(rng, noisy) for _ in range(lessons.batch)]
+        inputs_BL, labels_BL = _batch(texts, tokenizer, lessons.prompt_tokens)
         for group in optimizer.param_groups:
-            group["lr"] = LEARNING_RATE * (1 - step / steps)
+            group["lr"] = lessons.learning_rate * (1 - step / steps)
         logits_BLV = model(inputs_BL, use_cache=False).logits
         cross_entropy(logits_BLV.flatten(0, 1), labels_BL.flatten()).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)

@@ -10,7 +10,7 @@ BENCH = Path(__file__).parents[2] / "bench"
 sys.path.insert(0, str(BENCH))
 
 import bench_entropy_tracking  # noqa: E402
-from tracking_cases import FREE, SCHEDULES, TARGETED, grid  # noqa: E402
+from tracking_cases import FREE, SCHEDULES, TARGETED, TASKS, grid  # noqa: E402
 from tracking_report import judge, markdown, summarise  # noqa: E402
 
 from entrocraft.schedules import anchored  # noqa: E402
@@ -57,9 +57,36 @@ def test_means_and_spreads_over_seeds():
     assert "| budget | yes | 0.020 ± 0.014 |" in markdown(summarise(runs))
 
 
-def test_every_case_is_a_configuration_that_can_be_built():
-    cases = grid(seeds=(1,))
-    assert len(cases) == 2 * (len(FREE) + len(TARGETED) * len(SCHEDULES))
+def test_tasks_are_told_apart_and_the_names_of_sums_stay():
+    runs = []
+    for task, error in ((None, 0.01), ("sums", 0.03), ("addition", 0.0012)):
+        row = {"method": "budget", "schedule": "line", "regime": "reused", "seed": 2 if task else 1}
+        runs.append(row | judge(_rows([0.1 + error] * 9, [0.1] * 9)) | ({"task": task} if task else {}))
+    table = summarise(runs)
+    assert list(table) == ["budget-line-reused", "addition-budget-line-reused"]
+    assert [row["seeds"] for row in table.values()] == [2, 1]
+    assert table["budget-line-reused"]["error"] == pytest.approx(0.02)
+    sums, addition = markdown(table).split("### addition: line, reused")
+    assert "### line, reused" in sums
+    assert "| budget | yes | 0.020 ± 0.014 | 0.020" in sums
+    assert "| budget | yes | 0.0012 | 0.0012 |  | 0.50 | 0.75 | 3.0 | 0.100 |" in addition
+    names = {task: {case.name for case in grid(["budget"], ["line"], seeds=(3,), task=task)} for task in TASKS}
+    assert names["sums"] == {"budget-line-one_pass-seed3", "budget-line-reused-seed3"}
+    assert names["addition"] == {"addition-budget-line-one_pass-seed3", "addition-budget-line-reused-seed3"}
+
+
+def test_a_curve_of_another_task_is_refused(capsys):
+    with pytest.raises(ValueError, match=r"schedules \['wave'\]: the task 'addition' has \['half_cosine', 'line'\]"):
+        grid(schedules=["line", "wave"], task="addition")
+    with pytest.raises(SystemExit):
+        bench_entropy_tracking.main(["--out", "nowhere", "--task", "addition", "--schedules", "wave"])
+    assert "['wave']" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_every_case_is_a_configuration_that_can_be_built(task):
+    cases = grid(seeds=(1,), task=task)
+    assert len(cases) == 2 * (len(FREE) + len(TARGETED) * len(TASKS[task].schedules))
     assert len({case.name for case in cases}) == len(cases)
     config_file = BENCH.parent / "train" / "configs" / "demo.yaml"
     for case in cases:
@@ -68,6 +95,9 @@ def test_every_case_is_a_configuration_that_can_be_built():
             config = load_config([f"--config={config_file}", *case.overrides()])
             build_method(config)
             build_controller(config, vocab_size=259)
+            assert config.entropy.width == (0.02 if task == "sums" else 0.005)
+    if task == "addition":
+        return  # its curves are tested beside it
     for make in SCHEDULES.values():
         schedule = anchored(make(90), 1.1)
         assert schedule(0) == pytest.approx(1.1 if make is not SCHEDULES["too_high"] else 1.65)
@@ -96,3 +126,19 @@ def test_a_short_run_is_recorded_and_resumed(tmp_path, capsys):
     assert (tmp_path / "out" / "curves_line_reused.png").stat().st_size > 5000
     assert (tmp_path / "out" / "frontier.png").stat().st_size > 5000
     assert not list((tmp_path / "scratch").glob("budget*"))
+
+
+@pytest.mark.slow
+def test_a_short_run_of_the_addition_task(tmp_path, capsys):
+    where = ["--out", tmp_path / "out", "--scratch", tmp_path / "scratch", "--jobs", 0, "--seeds", 1]
+    what = ["--task", "addition", "--schedules", "half_cosine", "--regimes", "one_pass", "--methods", "hard"]
+    short = ["--steps", 2, "--warm-start-steps", 5]
+    assert bench_entropy_tracking.main([*map(str, [*where, *what, *short])]) == 0
+    assert "### addition: half_cosine, one_pass" in capsys.readouterr().out
+    row = json.loads((tmp_path / "out" / "runs.jsonl").read_text())
+    assert (row["name"], row["task"]) == ("addition-hard-half_cosine-one_pass-seed1", "addition")
+    start = row["entropy"][0]
+    assert row["target"] == pytest.approx([start * (0.3 + 0.7 / 2), 0.3 * start], rel=1e-3)  # a cosine of two steps
+    assert 2 * 256 * 8 < row["tokens"] < 2 * 256 * 36 + 1  # longer than the other task allows, no longer than this one
+    assert row["accuracy"] == 0
+    assert (tmp_path / "out" / "curves_addition_half_cosine_one_pass.png").stat().st_size > 5000
