@@ -54,7 +54,7 @@ class Judge:
         memory = state.release
         if self.release is not None:
             memory = self.release.rewarded(memory, batch.reward_R, batch.group_R)
-            memory = self.release.held(memory, aim.need)
+            memory = self.release.held(memory, entropy=aim.entropy, need=aim.need)
 
         def stands(verdict: Verdict, reason: str, *, bypassed: bool = False) -> Judgement:
             return Judgement(verdict, bypassed, reason, memory, reach)

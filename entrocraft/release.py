@@ -12,6 +12,8 @@ import numpy as np
 
 # The reward that is watched: plain mean of so many batches at first, then the newest counts one in so many.
 _BATCHES = 10
+# A best is known from so many batches on: one alone, of equal rewards, would be sure of them.
+_SURE = 3
 # Standard errors of that mean that a fall must exceed, on either side.
 _ERRORS = 2.0
 # Control costs rollouts where it keeps no more than this share of them.
@@ -34,7 +36,7 @@ class Memory:
     batches: with rewards, so far. reward: the mean watched. variance: of that mean. lowest: reward ever seen. best:
     highest the mean has surely been, two standard errors below what was measured. falling, stuck: steps counted
     towards letting go. nearest: smallest distance from the aim since `stuck` began, nats. since: step of letting go,
-    None while control holds. side: +1 where the schedule then asked for more entropy, -1 for less.
+    None while control holds.
     """
 
     batches: int = 0
@@ -46,7 +48,6 @@ class Memory:
     stuck: int = 0
     nearest: float | None = None
     since: int | None = None
-    side: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,16 +60,17 @@ class Release:
 
         m + 2 s - lowest  <  reward_share (best - lowest)
 
-    Control lets go after `patience` such steps in which it rejected something; one in which it did not takes one
-    back. Rewards of NaN are left out. Without rewards only reach is judged.
+    Control lets go after `patience` such steps in which it rejected something; those between in which it did not are
+    not counted. Rewards of NaN are left out. Without rewards only reach is judged.
 
-    Reach. Control lets go after `reach_patience` steps in a row in which it kept at most a quarter of the batch, the
-    schedule's next value was far (more than a quarter of the entropy, and than 0.02 nats), all predicted changes of
-    the sign that is needed, summed, fell short of it (where they are known), and the entropy came no nearer. A curve
-    that is followed at a distance, as far out of reach as that may be, is none of this.
+    Reach. The aim is out of reach where the schedule's next value is far (more than a quarter of the entropy, and than
+    0.02 nats), all predicted changes of the sign that is needed, summed, fall short of it (where they are known), and
+    the entropy comes no nearer. Control lets go after `reach_patience` such steps in which it kept at most a quarter
+    of the batch; one in which it kept more takes one back. A curve that is followed at a distance, as far below what is
+    needed as the predicted changes may be, is none of this.
 
-    It holds again once m is back, m - lowest >= (1 + reward_share) / 2 (best - lowest), and the schedule no longer
-    asks for more entropy than there is, if it did, or for less: the same demand would do the same harm.
+    It holds again once m is back, m - lowest >= (1 + reward_share) / 2 (best - lowest), and the schedule's next value
+    is not far from where the entropy is by then: the demand that did harm is not made again.
 
     Not seen: reward that never rises, or that falls for another cause than control, which lets go all the same. A
     single reward far below all others makes it blind to falls among these.
@@ -103,14 +105,14 @@ class Release:
         variance = new**2 * variance + old**2 * memory.variance
         lowest = float(np.nanmin(reward_R))
         surely = reward - _ERRORS * math.sqrt(variance)
-        settled = batches == _BATCHES  # a first batch of equal rewards would be sure of them
+        best = surely if memory.best is None else max(memory.best, surely)
         return replace(
             memory,
             batches=batches,
             reward=reward,
             variance=variance,
             lowest=lowest if memory.lowest is None else min(memory.lowest, lowest),
-            best=memory.best if not settled else surely if memory.best is None else max(memory.best, surely),
+            best=best if batches >= _SURE else None,
         )
 
     def judged(
@@ -122,7 +124,7 @@ class Release:
         predicted changes promise towards `need`; NaN where unknown. acts: whether the verdict rejects,
         weighs or replaces anything.
         """
-        falling = max(memory.falling + (1 if acts else -1), 0) if self.fallen(memory) else 0
+        falling = memory.falling + int(acts) if self.fallen(memory) else 0
         memory = self._distance(replace(memory, falling=falling), entropy, need, kept, reach, acts)
         why = ""
         if memory.falling >= self.patience:
@@ -132,16 +134,16 @@ class Release:
             )
         elif memory.stuck >= self.reach_patience:
             why = (
-                f"out of reach: {memory.stuck} steps came no nearer to the schedule than {memory.nearest:.4f} nats, "
-                f"this one keeps {kept:.1%}"
+                f"out of reach: {memory.stuck} steps that kept little came no nearer to the schedule than "
+                f"{memory.nearest:.4f} nats, this one keeps {kept:.1%}"
             )
-        return (replace(memory, since=step, side=_sign(need)), why) if why else (memory, "")
+        return (replace(memory, since=step), why) if why else (memory, "")
 
-    def held(self, memory: Memory, need: float) -> Memory:
+    def held(self, memory: Memory, *, entropy: float, need: float) -> Memory:
         """The memory of a controller that has let go, holding again if it may."""
-        if memory.since is None or _sign(need) == memory.side or not self._back(memory):
+        if memory.since is None or far(abs(need), entropy) or not self._back(memory):
             return memory
-        return replace(memory, falling=0, stuck=0, nearest=None, since=None, side=0)
+        return replace(memory, falling=0, stuck=0, nearest=None, since=None)
 
     def fallen(self, memory: Memory) -> bool:
         """Whether the reward is below the share of its best, beyond the noise of both."""
@@ -152,11 +154,10 @@ class Release:
 
     def waiting(self, memory: Memory) -> str:
         """What a controller that has let go waits for, with numbers."""
-        asked = {1: "more", -1: "less", 0: "as much"}[memory.side]
-        until = f"until the schedule no longer asks for {asked} entropy than there is"
+        until = "the entropy is near the schedule"
         if memory.reward is not None and not self._back(memory):
-            until += f" and reward, {memory.reward:.4g}, is back at {self._threshold(memory):.4g}"
-        return f"since step {memory.since}, {until}"
+            until = f"reward, {memory.reward:.4g}, is back at {self._threshold(memory):.4g} and {until}"
+        return f"since step {memory.since}, until {until}"
 
     def _back(self, memory: Memory) -> bool:
         return memory.reward is None or memory.best is None or memory.reward >= self._threshold(memory)
@@ -168,12 +169,11 @@ class Release:
 
     def _distance(self, memory: Memory, entropy: float, need: float, kept: float, reach: float, acts: bool) -> Memory:
         distance = abs(need)
-        costs = acts and kept <= _FEW and far(distance, entropy) and not reach >= distance
-        if not costs:
+        if not far(distance, entropy) or reach >= distance:
             return replace(memory, stuck=0, nearest=None)
         if memory.nearest is None or distance < _PROGRESS * memory.nearest:
             return replace(memory, stuck=0, nearest=distance)
-        return replace(memory, stuck=memory.stuck + 1)
+        return replace(memory, stuck=max(memory.stuck + (1 if acts and kept <= _FEW else -1), 0))
 
 
 def reward_mean(reward_R: np.ndarray, group_R: np.ndarray) -> tuple[float, float] | None:
@@ -199,7 +199,3 @@ def _error(values: list[float]) -> float:
         return 0.0
     mean = math.fsum(values) / count
     return math.fsum((value - mean) ** 2 for value in values) / (count - 1) / count
-
-
-def _sign(value: float) -> int:
-    return int(value > 0) - int(value < 0)

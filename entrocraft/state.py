@@ -7,8 +7,8 @@ from typing import Any
 
 from entrocraft.release import Memory
 
-_WHOLE = ("decided", "step", "batches", "falling", "stuck", "since", "side")
-_ALWAYS_KNOWN = ("decided", "gain", "numerator", "denominator", "batches", "variance", "falling", "stuck", "side")
+_WHOLE = ("decided", "step", "batches", "falling", "stuck", "since")
+_ALWAYS_KNOWN = ("decided", "gain", "numerator", "denominator", "batches", "variance", "falling", "stuck")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
