@@ -26,8 +26,8 @@ test: install ## run every test
 	$(VENV)/python -P -m pytest -q --durations=10 $(ARGS)
 
 # verl needs older libraries than the rest: an environment of its own, made again when its list of packages changes.
-test-verl: .venv-verl/whole ## compare losses and advantages with verl, in an environment of its own
-	.venv-verl/bin/python -P -m pytest tests/verl -q -W ignore $(ARGS)
+test-verl: .venv-verl/whole ## compare losses, advantages and bonuses with verl and TRL, in an environment of its own
+	.venv-verl/bin/python -P -m pytest tests/verl tests/trl -q -W ignore $(ARGS)
 
 .venv-verl/whole: tests/verl/requirements.txt
 	@test -n "$(PYTHON)" || { echo "error: no Python 3.11 to 3.14 found; install one, or name it: make PYTHON=/path/to/python3 ..." >&2; exit 1; }
