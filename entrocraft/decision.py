@@ -21,7 +21,7 @@ class Decision:
     keep_R: bool `[R]`; some token of the rollout is kept. Rollouts where it is False need no forward pass.
     advantage_R: fp32 `[R]`; what the loss must use.
     direction: +1 entropy above the band, -1 below it, 0 inside.
-    bypassed: the guard set the rule's verdict aside and everything is kept.
+    bypassed: `Guard` or `Release` set the rule's verdict aside and everything is kept.
     reason: one sentence.
     metrics: plain floats; NaN where a quantity is not defined for this batch.
 
