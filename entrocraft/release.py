@@ -33,10 +33,10 @@ def far(gap: float, entropy: float) -> bool:
 class Memory:
     """What `Release` remembers; plain numbers, so that JSON keeps it exactly. None: not known yet.
 
-    batches: with rewards so far, ten at most. reward: the mean watched. variance: of that mean. lowest: reward ever seen. best:
-    highest the mean has surely been, two standard errors below what was measured. falling, stuck: steps counted
-    towards letting go. nearest: smallest distance from the aim since `stuck` began, nats. since: step of letting go,
-    None while control holds.
+    batches: with rewards so far, ten at most. reward: the mean watched. variance: of that mean. lowest: reward ever
+    seen. best: highest the mean has surely been, two standard errors below what was measured. falling, stuck: steps
+    counted towards letting go. nearest: smallest distance from the aim since `stuck` began, nats. since: step of
+    letting go, None while control holds.
     """
 
     batches: int = 0
