@@ -101,7 +101,7 @@ def test_importance_weights_multiply_the_loss(pair, loss_type):
 def test_kl_penalty(pair, loss_type, corrected):
     """TRL's beta is k3, averaged as the loss is: a further term of our objective.
 
-    On purpose it is not multiplied by the ratio, which TRL does unless told not to: k3+ is unbiased without.
+    On purpose it is not multiplied by the ratio, as TRL's is unless told otherwise: on policy k3+ is unbiased without.
     """
     batch = pair.batch(5)
     noise_T = 0.5 * torch.randn(batch.rollouts.T, generator=torch.Generator().manual_seed(5))
