@@ -171,6 +171,12 @@ def repeatability(bench: Bench) -> dict[str, Any]:
     stats, part = (run_mode("statistics", one, batch_invariant=True)[0] for one in (case, alone))
     same = [torch.equal(getattr(stats, name)[:few], getattr(part, name)) for name in ("logprob_T", "entropy_T")]
     found["row_is_the_same_in_any_batch"] = all(same)
+    # The same row at every place of a batch, in whatever block and tile: equal bits everywhere.
+    one = Case(*(value[:1].expand(bench.T, *value.shape[1:]) if i != 1 else value for i, value in enumerate(case)))
+    one = one._replace(hidden_TH=one.hidden_TH.detach().contiguous().requires_grad_())
+    stats, gradients = run_mode("recompute", one, batch_invariant=True)
+    spread = [stats.logprob_T.detach(), stats.entropy_T.detach(), gradients[0]]
+    found["row_is_the_same_at_any_place"] = all(torch.equal(value, value[:1].expand_as(value)) for value in spread)
     if not all(found.values()):
         raise ArithmeticError(f"not repeatable: {found}")
     return found

@@ -25,9 +25,11 @@ def check_float_matrix(name: str, matrix: Tensor, shape: str) -> None:
 
 
 def check_weight(weight_VH: Tensor, *, like: Tensor, sharded: bool) -> None:
-    """[V, H] on the device of hidden `like`, V >= 1 unless it is one shard of several."""
+    """[V, H] on the device of hidden `like`, H >= 1, V >= 1 unless it is one shard of several."""
     check_float_matrix("weight_VH", weight_VH, "V, H")
     V, H = weight_VH.shape
+    if H == 0:
+        raise ValueError(f"weight_VH is {tuple(weight_VH.shape)}; expected a hidden size H of at least 1")
     if like.shape[1] != H or (V == 0 and not sharded) or weight_VH.device != like.device:
         raise ValueError(
             f"weight_VH is {tuple(weight_VH.shape)} on {weight_VH.device}; expected at least one row of "

@@ -14,6 +14,8 @@ from torch import Tensor
 
 from entrocraft.kernels.arguments import compute_dtype
 
+# Columns of the narrowest tile whose exponentials any backend stores with one shift.
+NARROWEST_TILE = 64
 BUFFER_BYTES = 256 << 20
 # Row pitch of stored exponentials: what a bulk copy or a library product asks of an operand.
 PITCH_BYTES = 16

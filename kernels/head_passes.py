@@ -179,9 +179,10 @@ def coefficients(head: Head, upstream: Upstream, values: RowValues) -> RowCoeffi
     )
 
 
-def chunk_rows(head: Head, buffer_bytes: int) -> int:
-    """Rows whose exponentials fit into `buffer_bytes`; at least one."""
-    return max(1, buffer_bytes // Exponentials.bytes_per_row(head, backend_of(head).tile_columns(head)))
+def chunk_rows(head: Head, buffer_bytes: int, *, beside: int = 0) -> int:
+    """Rows whose exponentials fit into `buffer_bytes`, with so many bytes beside them a row; at least one."""
+    bytes_per_row = Exponentials.bytes_per_row(head, backend_of(head).tile_columns(head)) + beside
+    return max(1, buffer_bytes // bytes_per_row)
 
 
 def _frozen_forward(head: Head, setting: Setting) -> tuple[Tensor, Tensor, Tensor]:
@@ -193,7 +194,9 @@ def _frozen_forward(head: Head, setting: Setting) -> tuple[Tensor, Tensor, Tenso
     sizes = (shape, shape if setting.entropy_gradient else 0)
     bases = [head.hidden_TH.new_empty(size, dtype=head.dtype) for size in sizes]
     sums_KT = neutral_sums(head.T, like=head.hidden_TH, dtype=head.dtype)
-    step = agreed(chunk_rows(head, half) if head.V else max(1, head.T), setting.shard, head.hidden_TH.device)
+    gradient_bytes = head.H * head.dtype.itemsize  # of a row of hidden, summed before it is kept
+    step = chunk_rows(head, half, beside=gradient_bytes) if head.V else max(1, head.T)
+    step = agreed(step, setting.shard, head.hidden_TH.device)
     room = Exponentials.empty(head, min(step, head.T), backend_of(head).tile_columns(head)) if head.V else None
     for start in range(0, head.T, step):
         t = slice(start, min(start + step, head.T))

@@ -35,8 +35,8 @@ from entrocraft.kernels.arguments import (
     checked_inverse_temperature,
     compute_dtype,
 )
-from entrocraft.kernels.head import BUFFER_BYTES, Exponentials, Head, HeadOptions
-from entrocraft.kernels.head_passes import Setting, backend_of, local_head
+from entrocraft.kernels.head import BUFFER_BYTES, NARROWEST_TILE, Exponentials, Head, HeadOptions
+from entrocraft.kernels.head_passes import Setting, local_head
 from entrocraft.kernels.linear_logprob_op import VALUES, packed_scalars
 from entrocraft.kernels.logits_logprob import logits_logprob_entropy_reference
 from entrocraft.kernels.plan import HeadPlan, plan_head
@@ -131,7 +131,8 @@ def linear_logprob_entropy(
             hidden gradient is complete on every rank. weight_VH is a plain shard, or a DTensor with Shard(0).
         vocab_start: with `group` and a plain shard, the token id of its first row.
         batch_invariant: the statistics of a row, and its hidden gradient, do not depend on the other rows, to the last
-            bit (fp16 gradients on a GPU excepted, whose scale is the batch's); slower on a CPU.
+            bit (fp16 gradients on a GPU excepted, whose scale is the batch's); slower on a CPU. "auto" then never
+            chooses by the number of rows, and "cache" must have room for all of them.
         validate: on a GPU, check target ids (and temperatures) by a device-side assertion; nothing waits for it. On a
             CPU both are always checked, but in a compiled graph neither. Without it, an id outside the vocabulary
             gives a NaN log-probability.
@@ -145,8 +146,11 @@ def linear_logprob_entropy(
 
     Transient memory beyond inputs, outputs and gradients: `buffer_bytes` (but at least what one row and a few
     vocabulary columns need; in Triton one tile), O(T), and what `mode` keeps. In the backward 4 T H bytes for a hidden
-    gradient that is not fp32 itself, and a copy of the rows that are computed when not all are. Under autocast the op
-    works in the dtypes of its operands. torch.compile(fullgraph=True) sees one operator forward and one backward.
+    gradient that is not fp32 itself, and where not all rows are computed a copy of those that are and of their
+    gradient; on a GPU as much again for fp16, whose gradients are scaled, and a copy of a hidden_TH without 16-byte
+    rows; for `frozen` two more of 4 T H. Under autocast the op works in the dtypes of its operands; products of fp32
+    operands take the precision that torch.set_float32_matmul_precision asks for, the logits never less than fp32.
+    torch.compile(fullgraph=True) sees one operator forward and one backward.
 
     Raises:
         ValueError: wrong shape, dtype or device; a target id outside the vocabulary; a temperature or softcap that is
@@ -198,6 +202,9 @@ def _plan(head: Head, shard: Shard, mode: str, cache_bytes: int, entropy_gradien
         needs_weight=torch.is_grad_enabled() and (needs[1] or needs[2]),
         entropy_gradient=entropy_gradient,
         cache_bytes=cache_bytes,
-        bytes_per_row=Exponentials.bytes_per_row(live, backend_of(live).tile_columns(live)) if live.V else 1,
+        # Of the narrowest tiles there are, so at most a few percent too much: a backend's own would ask for the chip
+        # and the addresses of the operands, which a graph that is being traced does not have.
+        bytes_per_row=Exponentials.bytes_per_row(live, NARROWEST_TILE) if live.V else 1,
         element_bytes=head.dtype.itemsize,
+        batch_invariant=head.options.batch_invariant,
     )

@@ -17,7 +17,7 @@ from torch import Tensor
 from triton import knobs
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from entrocraft.kernels.head import Head
+from entrocraft.kernels.head import NARROWEST_TILE, Head
 
 
 class Tile(NamedTuple):
@@ -47,11 +47,14 @@ FORWARD_TILES = {
     80: Tiles(Tile(128, 128, 32, 8, 4), Tile(128, 128, 32, 8, 4)),
     90: Tiles(Tile(128, 256, 64, 8, 3, tma=True, flatten=True), Tile(128, 128, 64, 8, 4, tma=True, flatten=True)),
     100: Tiles(Tile(128, 128, 64, 8, 4, tma=True), Tile(128, 64, 64, 4, 4, tma=True)),
+    # Consumer Blackwell has a hundred KiB of shared memory and the instructions of Ampere.
+    120: Tiles(Tile(128, 128, 32, 8, 4), Tile(128, 128, 32, 8, 4)),
 }
 BACKWARD_TILES = {
     80: Tiles(Tile(128, 128, 32, 8, 4), Tile(128, 128, 32, 8, 4)),
     90: Tiles(Tile(128, 256, 64, 8, 3, tma=True), Tile(128, 128, 64, 8, 4, tma=True)),
     100: Tiles(Tile(128, 256, 64, 8, 3, tma=True), Tile(128, 128, 64, 8, 4, tma=True)),
+    120: Tiles(Tile(128, 128, 32, 8, 4), Tile(128, 128, 32, 8, 4)),
 }
 # Products of fp32, or of mixed, operands, on plain cores: exact, and slow. Also of operands without a 16-byte pitch.
 PLAIN_TILE = Tile(64, 128, 32, 8, 3)
@@ -60,7 +63,7 @@ INTERPRETED_TILE = Tile(64, 128, 64, 8, 3)
 # Row blocks that share a block of columns: with BLOCK_T = 128 and H = 4096, 8 MiB of hidden stay in the L2 cache.
 GROUP = 8
 MERGE_ROWS, MERGE_WARPS = 64, 2
-STORED_TILE = (16, 64, 4)  # rows, columns, warps; the columns divide those of every forward tile
+STORED_TILE = (16, NARROWEST_TILE, 4)  # rows, columns, warps; the columns divide those of every forward tile
 
 
 @functools.cache

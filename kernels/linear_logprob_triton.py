@@ -2,10 +2,10 @@
 
 Forward: K1 computes tile after tile of the logits and writes a few sums a row and tile, K2 merges them in a fixed
 order. Tiles are independent of each other, so their order serves the L2 cache, results repeat to the last bit, and
-those of a row are the same in any batch. Backward: tiles are recomputed (K3), or read where their exponentials were
-stored, and dz is written to a buffer of bounded size, one vocabulary split after the other; the two products that
-follow are cuBLAS's, with fp32 results: the hidden gradient accumulates in fp32 over the splits (a bf16 sum over 16
-splits loses two bits), the weight gradient of a split is finished before the next begins.
+those of a row are the same in any batch of the same mode and options. Backward: tiles are recomputed (K3), or read
+where their exponentials were stored, and dz is written to a buffer of bounded size, one vocabulary split after the
+other; the two products that follow are cuBLAS's, with fp32 results: the hidden gradient accumulates in fp32 over the
+splits (a bf16 sum over 16 splits loses two bits), the weight gradient of a split is finished before the next begins.
 
 Operations: 2 T V H forward; backward 2 T V H each for the logits, the hidden and the weight gradient. Bytes, T = 16384,
 V = 151936, H = 2560 in bf16, tiles of 128 x 256: partial sums 16 T V / 256 = 156 MB written and read once (twice that

@@ -16,6 +16,8 @@ entropy, so their two factors are computed in the forward and the backward is el
     2. only hidden does, and what frozen keeps is <= cache_bytes   frozen
     3. the exponentials of all T rows are <= cache_bytes           cache
     4. otherwise                                                   recompute
+
+With `batch_invariant` 2 and 3 are left out, since what they choose depends on the other rows.
 """
 
 from __future__ import annotations
@@ -57,6 +59,7 @@ def plan_head(
     cache_bytes: int = 0,
     bytes_per_row: int,
     element_bytes: int = 4,
+    batch_invariant: bool = False,
 ) -> HeadPlan:
     """The plan for T rows of hidden size H, by the rule at the top of this file; logged once for each size.
 
@@ -67,9 +70,11 @@ def plan_head(
         cache_bytes: what may be kept between forward and backward.
         bytes_per_row: of the exponentials of one row.
         element_bytes: of the dtype that sums are kept in.
+        batch_invariant: whether no row may be treated as its number or place among the others has it.
 
     Raises:
-        ValueError: an unknown mode; statistics where a gradient is required; frozen where weight or bias require one.
+        ValueError: an unknown mode; statistics where a gradient is required; frozen where weight or bias require one;
+            a cache that is batch-invariant and does not hold all rows.
     """
     needs = needs_hidden or needs_weight
     basis_bytes = element_bytes * T * H * (2 if entropy_gradient else 1)
@@ -85,11 +90,18 @@ def plan_head(
             "mode is 'frozen', but weight_VH or bias_V requires a gradient; freeze the head with requires_grad_(False) "
             "or use mode='recompute'"
         )
+    if mode == "cache" and batch_invariant and needs and T * bytes_per_row > cache_bytes:
+        raise ValueError(
+            f"mode is 'cache' and batch_invariant, but cache_bytes = {cache_bytes} do not hold {T} rows of "
+            f"{bytes_per_row} bytes: kept and recomputed rows would be rounded differently; give more, or use "
+            "mode='recompute'"
+        )
+    free = mode == "auto" and not batch_invariant
     if not needs:
         plan = HeadPlan("statistics", 0, 0, 1)
-    elif mode == "frozen" or (mode == "auto" and not needs_weight and basis_bytes <= cache_bytes):
+    elif mode == "frozen" or (free and not needs_weight and basis_bytes <= cache_bytes):
         plan = HeadPlan("frozen", 0, basis_bytes, 3 if entropy_gradient else 2)
-    elif mode == "cache" or (mode == "auto" and 0 < T * bytes_per_row <= cache_bytes):
+    elif mode == "cache" or (free and 0 < T * bytes_per_row <= cache_bytes):
         rows = min(T, cache_bytes // bytes_per_row)
         plan = HeadPlan("cache", rows, rows * bytes_per_row, _recomputed(needs_hidden, needs_weight) - rows / max(T, 1))
     else:

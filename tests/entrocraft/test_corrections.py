@@ -181,7 +181,7 @@ def test_built_by_name() -> None:
         (lambda: group_scale(rule="hrad"), "unknown rule 'hrad': did you mean 'hard'?"),
         (lambda: group_scale(rule="hard", c_max=0.5), "c_max = 0.5: expected >= 1"),
         (lambda: group_scale(rule={"gamma": 1.0}), "has no 'name'"),
-        (lambda: group_scale(rule=rules.hard), "expected a rule such as rules.hard()"),
+        (lambda: rules.build("group_scale", rule=rules.hard), "expected a rule such as rules.hard()"),
         (lambda: tempered(rule="soft", kappa=1.5), "kappa = 1.5"),
         (lambda: tempered(rule="soft", w_max=0.0), "w_max = 0.0"),
         (lambda: tempered(rule="hard")(_inputs(np.ones(2))), "gives no chance of being kept"),

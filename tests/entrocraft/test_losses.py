@@ -133,6 +133,7 @@ def _weights_by_loop(
         elif name == "seq_mean_token_sum_norm":
             out.append(1.0 / sum(1 for c in counted if c) / (scale if scale is not None else max(padded)))
         elif name == "fixed":
+            assert scale is not None
             out.append(1.0 / scale)
         else:
             out.append(1.0 / filled / len(members[group[r]]) if r in members[group[r]] else 0.0)

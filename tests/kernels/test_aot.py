@@ -33,7 +33,7 @@ from entrocraft.kernels.linear_logprob_launch import Tile, Tiles  # noqa: E402
 from entrocraft.kernels.row_stats import RowCoefficients  # noqa: E402
 
 BIN = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-SHARED_BYTES = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
+SHARED_BYTES = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024, 120: 99 * 1024}
 KERNELS = ("stats_kernel", "merge_kernel", "dlogits_kernel", "stored_dlogits_kernel")
 NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.int64: "i64"}
 
@@ -159,7 +159,7 @@ OPTIONS = {
 }
 LAUNCHES = [
     (capability, kernel, options)
-    for capability in SHARED_BYTES
+    for capability in (80, 90, 100)
     for kernel, options in (
         ("stats_kernel", "plain"), ("stats_kernel", "rich"), ("stats_kernel", "bent"),
         ("dlogits_kernel", "plain"), ("dlogits_kernel", "bent"),
@@ -167,6 +167,7 @@ LAUNCHES = [
 ] + [
     # Little beside the products: the assembler saves registers here, and once spilled for it.
     (100, "stats_kernel", "argmax"), (100, "stats_kernel", "softcap"), (90, "stats_kernel", "temperature"),
+    (120, "stats_kernel", "bent"), (120, "dlogits_kernel", "plain"),
     (90, "merge_kernel", "rich"), (90, "stored_dlogits_kernel", "bent"),
 ]  # fmt: skip
 
@@ -181,7 +182,7 @@ def test_compiles_clean(monkeypatch, capability, kernel, options):
     assert 0 <= found["shared"] <= SHARED_BYTES[capability]
     if kernel in ("merge_kernel", "stored_dlogits_kernel"):
         return
-    if capability == 80:
+    if capability in (80, 120):
         assert found["hmma"] > 0 < found["async_copies"]
     elif capability == 90:
         assert found["wgmma"] > 0 < found["tma"]

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from entrocraft.kernels import linear_logprob_entropy
+from entrocraft.kernels import linear_logprob_entropy, linear_logprob_torch
 
 TRITON = torch.cuda.is_available() or os.environ.get("TRITON_INTERPRET") == "1"
 pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="compiles what the interpreter runs")
@@ -45,6 +45,34 @@ def test_one_graph_and_the_same_numbers(device, options):
     compiled = torch.compile(_loss, fullgraph=True, backend="aot_eager")
     for actual, wanted in zip(_run(compiled, arguments, **options), _run(_loss, arguments, **options), strict=True):
         torch.testing.assert_close(actual, wanted, rtol=1e-6, atol=1e-6 * float(wanted.abs().max()))
+
+
+def test_a_graph_is_traced_without_asking_for_chip_or_addresses(device, monkeypatch):
+    # A backend's tiles follow from both, and neither is there while a graph is traced.
+    backend = linear_logprob_torch
+    kept = backend.tile_columns
+
+    def tile_columns(head):
+        assert not torch.compiler.is_dynamo_compiling(), "asked for its tiles in a traced graph"
+        return kept(head)
+
+    monkeypatch.setattr(backend, "tile_columns", tile_columns)
+    torch._dynamo.reset()
+    compiled = torch.compile(_loss, fullgraph=True, backend="aot_eager")
+    for options in MODES:
+        arguments = _arguments(19, "cpu", frozen=options["mode"] == "frozen")
+        assert all(bool(torch.isfinite(value).all()) for value in _run(compiled, arguments, **options))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_sixteen_bits_in_one_graph(device, dtype):
+    torch._dynamo.reset()
+    hidden_TH, weight_VH, target_T, temperature_T = _arguments(19, device)
+    cast = (hidden_TH.detach().to(dtype).requires_grad_(), weight_VH.detach().to(dtype).requires_grad_())
+    arguments = (*cast, target_T, temperature_T)
+    compiled = torch.compile(_loss, fullgraph=True, backend="aot_eager")
+    for actual, wanted in zip(_run(compiled, arguments), _run(_loss, arguments), strict=True):
+        torch.testing.assert_close(actual, wanted, rtol=2e-2, atol=2e-2 * float(wanted.abs().max()))
 
 
 def test_as_many_tokens_as_there_are(device):

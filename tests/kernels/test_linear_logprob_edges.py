@@ -147,3 +147,10 @@ def test_a_bad_row_is_seen_and_stays_alone(make_head, poison, dtype):
     (gradient,) = torch.autograd.grad(stats.logprob_T.sum() + stats.entropy_T.sum(), [leaves["hidden_TH"]])
     assert gradient[4].isnan().all()
     torch.testing.assert_close(gradient[others], expected[others], rtol=2e-3, atol=1e-5)
+
+
+def test_a_hidden_size_of_zero_is_refused(device):
+    # The kernels take one step over H at least, which would read beyond an empty tensor.
+    empty = torch.zeros(3, 0, device=device), torch.zeros(5, 0, device=device)
+    with pytest.raises(ValueError, match=r"weight_VH is \(5, 0\); expected a hidden size H of at least 1"):
+        linear_logprob_entropy(*empty, torch.zeros(3, dtype=torch.int64, device=device))

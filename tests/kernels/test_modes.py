@@ -153,10 +153,38 @@ def test_the_rule_at_its_boundaries():
     assert str(part) == "cache: 3.75 products, keeps 0.3 MiB of 250 rows"
 
 
+def test_no_rule_looks_at_other_rows_where_the_batch_may_not_matter():
+    sizes = {"bytes_per_row": 1200, "batch_invariant": True}
+    for needs_weight in (True, False):
+        plan = plan_head(1000, 64, needs_weight=needs_weight, cache_bytes=1 << 30, **sizes)
+        assert plan.mode == "recompute"
+    assert plan_head(1000, 64, mode="cache", cache_bytes=1_200_000, **sizes).stored_rows == 1000
+    with pytest.raises(ValueError, match="cache_bytes = 1199999 do not hold 1000 rows of 1200 bytes"):
+        plan_head(1000, 64, mode="cache", cache_bytes=1_199_999, **sizes)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_a_row_is_the_same_wherever_it_stands_and_whatever_could_be_cached(make_head, dtype):
+    head = make_head(80, 600, 64, dtype=dtype)
+    found = []
+    for rows in (slice(40, 44), slice(0, 80)):
+        leaf_TH = head.hidden_TH[rows].detach().requires_grad_()
+        stats = linear_logprob_entropy(
+            leaf_TH, head.weight_VH, head.target_T[rows], batch_invariant=True, cache_bytes=16 * 2600
+        )
+        (stats.logprob_T.sum() + stats.entropy_T.sum()).backward()
+        assert leaf_TH.grad is not None
+        found.append((stats.logprob_T.detach(), stats.entropy_T.detach(), leaf_TH.grad))
+    for alone, among in zip(*found, strict=True):
+        if TRITON and dtype == torch.float16 and alone.dim() == 2:
+            continue  # the scale of an fp16 gradient is the batch's
+        torch.testing.assert_close(alone, among[40:44], rtol=0, atol=0)
+
+
 def test_the_rule_is_applied_and_logged(make_head, caplog):
     head = make_head(21, 77, 5)
     live = head.hidden_TH, head.weight_VH
-    row_bytes = 77 * 4 + 12 + 4
+    row_bytes = 77 * 4 + 12 + 2 * 4  # a pitch of 80, and a shift for 64 columns
     with caplog.at_level(logging.INFO, logger="entrocraft.kernels"):
         for cache_bytes in (21 * row_bytes - 1, 21 * row_bytes):
             head.run(linear_logprob_entropy, cache_bytes=cache_bytes)
@@ -204,6 +232,17 @@ def test_batch_invariant(make_head, dtype):
         head.hidden_TH.double(), head.weight_VH.double(), head.target_T, **head.options
     )
     torch.testing.assert_close(whole[0].double(), exact.logprob_T, rtol=0, atol=2e-5)
+
+
+def test_chunks_of_a_frozen_head_leave_room_for_their_gradients(make_head):
+    from entrocraft.kernels.head import Head
+    from entrocraft.kernels.head_passes import chunk_rows
+
+    head = Head(torch.zeros(5, 8192), torch.zeros(100, 8192), None, torch.zeros(5).long(), 1.0)
+    bare, beside = chunk_rows(head, 1 << 20), chunk_rows(head, 1 << 20, beside=4 * 8192)
+    row_bytes = (1 << 20) / bare
+    assert row_bytes < 600
+    assert beside * (row_bytes + 4 * 8192) <= 1 << 20 < (beside + 1) * (row_bytes + 4 * 8192 + 1)
 
 
 def test_room_for_exponentials():
