@@ -101,12 +101,14 @@ TASKS = {
 
 _SIGNED = ("--reward.signed=true",)
 _WIDTH = "--entropy.width=0.02"
+# Published rules have no guard that lets go.
+_PUBLISHED = (_WIDTH, "--entropy.release=false")
 
 # Methods that seek a target: run on every curve.
 TARGETED: dict[str, tuple[str, ...]] = {
-    "soft": ("--entropy.rule=soft", _WIDTH),
-    "hard": ("--entropy.rule=hard", _WIDTH),
-    "switch": ("--entropy.rule=switch", _WIDTH, *_SIGNED),
+    "soft": ("--entropy.rule=soft", *_PUBLISHED),
+    "hard": ("--entropy.rule=hard", *_PUBLISHED),
+    "switch": ("--entropy.rule=switch", *_PUBLISHED, *_SIGNED),
     "first_order": ("--entropy.rule=first_order", _WIDTH),
     "first_order_token": ("--entropy.rule=first_order", "--entropy.level=token", _WIDTH),
     "budget": ("--entropy.rule=budget",),

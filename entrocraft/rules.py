@@ -106,8 +106,9 @@ class switch:
 
     Entropy: as `soft`, and stronger, by those prompts. Source: the released code of arXiv 2604.26326, which has no
     guard: it trains on whatever is left, where the controller's default limits restore every given advantage once
-    too few rollouts have one. `min_kept_fraction=0, min_groups=0, min_authority=0` switch those limits off (`Guard`).
-    Under a given `loss_fn`, which holds the given advantages, nothing is predicted for the replaced ones.
+    too few rollouts have one, or control costs the reward. `min_kept_fraction=0, min_groups=0, min_authority=0,
+    release=None` switch all that off (`Guard`, `Release`). Under a given `loss_fn`, which holds the given advantages,
+    nothing is predicted for the replaced ones.
 
     Raises ValueError for any reward other than -1 and +1: with 0 and 1, min(R, 0) would be 0 and do nothing.
     """
