@@ -12,7 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from entrocraft.predictive import LEVELS, budget, first_order
+from entrocraft.predictive import LEVELS as LEVELS
+from entrocraft.predictive import budget, first_order
 from entrocraft.registry import build_from, lookup
 from entrocraft.verdict import Rule, RuleInputs, Verdict
 
