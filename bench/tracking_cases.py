@@ -121,6 +121,8 @@ TARGETED: dict[str, tuple[str, ...]] = {
     "polarity": ("--loss.method=polarity",),
     "adaptive_clip": ("--loss.method=adaptive_clip",),
 }
+# Of these, this project's; the others are published.
+OWN = ("first_order", "first_order_token", "budget", "budget_token")
 # Methods without a target: run once a regime and seed, and shown against the falling line that they do not see.
 FREE: dict[str, tuple[str, ...]] = {
     "none": (),

@@ -12,7 +12,7 @@ from typing import Any
 
 import matplotlib as mpl
 from matplotlib.figure import Figure
-from tracking_cases import STEP, TARGETED, TASKS, Case
+from tracking_cases import OWN, STEP, TARGETED, TASKS, Case
 
 mpl.use("Agg")
 
@@ -121,6 +121,49 @@ def markdown(table: dict[str, dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def comparison(table: dict[str, dict[str, Any]], ours: Sequence[str] = ("budget", "budget_token")) -> str:
+    """A row a curve: error and pass@8 of `ours` and of the published method that seeks a target and is the tightest."""
+    lines = [
+        "### Against the tightest published method", "",
+        "| curve | ours | error | pass@8 | published | error | pass@8 | times tighter |",
+        "|---|---|---|---|---|---|---|---|",
+    ]  # fmt: skip
+    for panel in _panels():
+        task, schedule, regime = panel
+        here = {row["method"]: row for row in table.values() if _panel(row) == panel}
+        published = [row for name, row in here.items() if name in TARGETED and name not in OWN]
+        if not published:
+            continue
+        best = min(published, key=lambda row: row["error"])
+        digits = TASKS[task].digits
+        for name in (name for name in ours if name in here):
+            cells = [("" if task == "sums" else f"{task}: ") + f"{schedule}, {regime}"]
+            for row in (here[name], best):
+                cells += [row["method"], _cell(row, "error", digits), _cell(row, "pass_at_8", digits)]
+            lines.append("| " + " | ".join([*cells, f"{best['error'] / here[name]['error']:.1f}"]) + " |")
+    return "\n".join([*lines, ""]) + "\n"
+
+
+def destroyed(runs: Iterable[dict[str, Any]]) -> list[str]:
+    """Runs that control destroyed: at the end of a falling curve they have less than half of the accuracy of the
+    uncontrolled run of the same task, regime and seed."""
+    runs = list(runs)
+    free = {_arm(run): run for run in runs if run["method"] == "none"}
+    found = []
+    for run in runs:
+        arm = free.get(_arm(run))
+        if arm is None or run["method"] not in TARGETED or run["schedule"] not in ("line", "half_cosine"):
+            continue
+        if run["accuracy"] < 0.5 * arm["accuracy"]:
+            found.append(f"{run['name']}: accuracy {run['accuracy']:.2f}, uncontrolled {arm['accuracy']:.2f}")
+    return found
+
+
+def _arm(run: dict[str, Any]) -> tuple[str, str, int]:
+    """What a run shares with the uncontrolled run that it is compared with."""
+    return run.get("task", "sums"), run["regime"], run["seed"]
+
+
 def _panels() -> list[tuple[str, str, str]]:
     """Task, schedule and regime of every table, in order."""
     return [(name, s, r) for name, task in TASKS.items() for r in task.regimes for s in task.schedules]
@@ -186,7 +229,9 @@ def write_report(out: Path) -> str:
     """Writes `summary.json`, `table.md` and the figures beside `runs.jsonl`; returns the table."""
     runs = read_runs(out / "runs.jsonl")
     table = summarise(runs.values())
-    text = markdown(table)
+    lost = destroyed(runs.values())
+    text = markdown(table) + "\n" + comparison(table)
+    text += "\nRuns that control destroyed: " + ("; ".join(lost) if lost else "none") + ".\n"
     (out / "summary.json").write_text(json.dumps(table, indent=1) + "\n")
     (out / "table.md").write_text(text)
     for panel in _panels():
