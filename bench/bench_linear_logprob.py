@@ -1,0 +1,146 @@
+"""The head against every rival: speed, memory and error, of every job, on peaked and random data.
+
+    pytest bench/bench_linear_logprob.py                                             # small, anywhere
+    pytest bench/bench_linear_logprob.py --heads qwen3_4b gpt_oss --tokens 2048 16385 --bench-rounds 30   # a GPU
+
+All contenders of a job share their operands. Each is checked against fp64 on a slice before anything is timed; rounds
+are interleaved, so that what slows the machine down slows all. `extra_info` in the JSON has what the columns of the
+table do not: errors, memory, rates, bits. `entrocraft bench FILE.json` prints it.
+"""
+
+from __future__ import annotations
+
+import functools
+import statistics
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from rivals import ALWAYS, Answer, Rival, all_rivals, run
+from suite_cases import JOBS, Shape, make_operands, shapes
+from suite_contest import CLOCK, Stopwatch, record, same_bits
+from suite_errors import Truth, complaint
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One contender of one job."""
+
+    seconds: list[float]
+    info: dict[str, Any]
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """A benchmark for each head, T, job, kind of data and contender that does the job."""
+    config, cases, names = metafunc.config, [], []
+    if "contender" not in metafunc.fixturenames:
+        return
+    wanted = config.getoption("rivals")
+    for head, shape in shapes(*map(config.getoption, ("heads", "tokens", "vocab"))):
+        for job_name in config.getoption("jobs"):
+            kinds = config.getoption("data") or ("peaked", *(["random"] if job_name in ("statistics", "both") else []))
+            for data in kinds:
+                for rival in all_rivals():
+                    if rival.does(job_name, JOBS[job_name]) and (wanted is None or rival.name in wanted):
+                        cases.append((head, shape, job_name, data, rival))
+                        names.append(f"{head}-T{shape.T}-V{shape.V}-{job_name}-{data}-{rival.name}")
+    metafunc.parametrize(("head", "shape", "job_name", "data", "contender"), cases, ids=names)
+
+
+@pytest.mark.benchmark(timer=CLOCK)
+def bench_linear_logprob(
+    request: pytest.FixtureRequest, benchmark: Any, rates: Any,
+    head: str, shape: Shape, job_name: str, data: str, contender: Rival,
+) -> None:  # fmt: skip
+    """One contender's rounds, measured beside all others of its group."""
+    config = request.config
+    device = config.getoption("device")
+    reason = contender.why_not(shape.H, shape.V, device)
+    if reason is not None:
+        (pytest.fail if device == "cpu" and contender.name in ALWAYS else pytest.skip)(f"{contender.name}: {reason}")
+    wanted = config.getoption("rivals")
+    rounds = 1 if benchmark.disabled else config.getoption("bench_rounds")
+    names = tuple(wanted) if wanted else None
+    found = group(shape, job_name, data, device, names, rounds)[contender.name]
+    if isinstance(found, str):
+        pytest.fail(found)
+    benchmark.group = f"{head} T={shape.T} V={shape.V} {job_name} {data}"
+    info = {"head": head, **shape._asdict(), "job": job_name, "data": data, **found.info}
+    record(benchmark, found.seconds, info | derived(shape, job_name, contender, found, rates[shape]))
+
+
+@functools.lru_cache(maxsize=1)
+def group(
+    shape: Shape, job_name: str, data: str, device: str, names: tuple[str, ...] | None, rounds: int
+) -> dict[str, Measured | str]:
+    """Every contender that runs here: what was measured, or why it was not timed. Kept until the next group comes."""
+    job = JOBS[job_name]
+    operands = make_operands(shape, job, data, device=device)
+    truth, watch = Truth(operands, job), Stopwatch(device)
+    found: dict[str, Measured | str] = {}
+    thunks, infos = {}, {}
+    for rival in all_rivals():
+        if (
+            not rival.does(job_name, job)
+            or rival.why_not(shape.H, shape.V, device)
+            or (names and rival.name not in names)
+        ):
+            continue
+        thunk = functools.partial(run, rival, operands, job)
+        try:
+            errors, repeats = _checked(thunk, truth)
+            wrong = complaint(rival, errors)
+            if wrong is None:
+                infos[rival.name] = {"errors": errors, "repeats": repeats, "peak_bytes": watch.peak_bytes(thunk)}
+                thunks[rival.name] = thunk
+        except torch.OutOfMemoryError:
+            wrong = f"{rival.name} does not fit into this machine's memory"
+            torch.cuda.empty_cache()
+        except ImportError as error:
+            wrong = f"{rival.name} cannot be imported: {error}"
+        if wrong is not None:
+            found[rival.name] = wrong
+    warm = watch.interleaved(thunks, rounds)
+    cold = watch.interleaved(thunks, max(1, rounds // 3), cold=True)
+    for name, info in infos.items():
+        info["cold_ms"] = 1e3 * statistics.median(cold[name])
+        found[name] = Measured(warm[name], info)
+    return found
+
+
+def _checked(thunk: Any, truth: Truth) -> tuple[dict[str, float], bool]:
+    """Errors of a call, and whether a second gives the same bits. The first one compiles and warms up."""
+    answer, gradients = thunk()
+    again = thunk()
+    return truth.errors(Answer(*answer), gradients), same_bits((tuple(answer), gradients), (tuple(again[0]), again[1]))
+
+
+def derived(
+    shape: Shape, job_name: str, rival: Rival, found: Measured, rate: dict[str, float]
+) -> dict[str, float | str]:
+    """Rates from the median: useful and executed TFLOP/s, the share of this machine's own product rate, GB/s.
+
+    GB/s counts what must move: hidden and weight read once, their gradients written once. The floor is the larger of
+    the useful products at the machine's rate and those bytes at the rate of its copies.
+    """
+    job, seconds = JOBS[job_name], statistics.median(found.seconds)
+    product = shape.product_operations()
+    moved = shape.operand_bytes()
+    moved += {0: 0, 1: 2 * shape.T * shape.H, 2: shape.operand_bytes()}[job.gradients]
+    executed = 1e-12 * rival.products(job) * product / seconds
+    return {
+        "rival": rival.name,
+        "version": rival.version(),
+        "settings": rival.settings,
+        "useful_tflops": 1e-12 * job.useful_products() * product / seconds,
+        "executed_tflops": executed,
+        "executed_products": rival.products(job),
+        "useful_products": job.useful_products(),
+        "share_of_gemm": executed / rate["gemm_tflops"],
+        "gbs": 1e-9 * moved / seconds,
+        "moved_bytes": moved,
+        "floor_ms": 1e3
+        * max(1e-12 * job.useful_products() * product / rate["gemm_tflops"], 1e-9 * moved / rate["copy_gbs"]),
+        **rate,
+    }

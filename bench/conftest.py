@@ -1,0 +1,64 @@
+"""Options of the suite, the machine in every saved JSON, and its rates."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+BENCH = Path(__file__).resolve().parent
+sys.path[:] = [path for path in sys.path if Path(path or ".").resolve() != BENCH.parent]
+if str(BENCH) not in sys.path:  # its files import each other by name
+    sys.path.insert(0, str(BENCH))
+
+from suite_cases import DATA, HEADS, JOBS  # noqa: E402
+from suite_contest import machine_rates  # noqa: E402
+from suite_machine import machine  # noqa: E402
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """What to measure. The defaults are small, for a CPU."""
+    group = parser.getgroup("entrocraft's benchmarks")
+    group.addoption("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
+    group.addoption("--heads", nargs="+", choices=list(HEADS), default=["small"], help="named shapes (H, V)")
+    group.addoption("--tokens", nargs="+", type=int, default=[256], help="T; 16385 is a ragged one")
+    group.addoption("--vocab", nargs="+", type=int, default=[], help="V instead of the head's, for scaling")
+    group.addoption("--jobs", nargs="+", choices=list(JOBS), default=list(JOBS))
+    group.addoption("--data", nargs="+", choices=DATA, default=None, help="default: peaked; random for two jobs")
+    group.addoption("--rivals", nargs="+", default=None, help="names; default: all")
+    group.addoption("--bench-rounds", type=int, default=5, help="timed rounds, interleaved; 30 on a GPU")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Rivals' warnings are their authors' affair, and a benchmark is no test of ours."""
+    config.addinivalue_line("filterwarnings", "ignore")
+
+
+@pytest.fixture(scope="session")
+def rates(request: pytest.FixtureRequest) -> dict[tuple[int, ...], dict[str, float]]:
+    """What this machine gives for a shape, measured once a session: `machine_rates`."""
+    device = request.config.getoption("device")
+
+    class Rates(dict[tuple[int, ...], dict[str, float]]):
+        def __missing__(self, shape: tuple[int, ...]) -> dict[str, float]:
+            self[shape] = machine_rates(device, torch.bfloat16, *shape)
+            return self[shape]
+
+    return Rates()
+
+
+def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: dict[str, Any]) -> None:
+    """Device, memory, commit and versions; no name of the host."""
+    machine_info.pop("node", None)
+    machine_info["entrocraft"] = machine(config.getoption("device"))
+
+
+@pytest.fixture(autouse=True)
+def _few_threads() -> None:
+    """As many threads as the environment asks for: ratios on shared cores mean little otherwise."""
+    if "OMP_NUM_THREADS" in os.environ:
+        torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))

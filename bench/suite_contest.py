@@ -1,0 +1,147 @@
+"""Contenders side by side: checked, timed in interleaved rounds, weighed, and asked whether they repeat themselves."""
+
+from __future__ import annotations
+
+import statistics
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Thunk = Callable[[], object]
+FLUSH_BYTES = 256 << 20  # more than any last-level cache
+
+
+class Clock:
+    """A timer for pytest-benchmark that tells what has been measured already, so that rounds can be interleaved."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+        self._coming: Iterator[float] = iter(())
+
+    def __call__(self) -> float:
+        return self.now
+
+    def play(self, seconds: list[float]) -> Thunk:
+        """What to hand to `benchmark.pedantic` for as many rounds as there are seconds."""
+        self._coming = iter(seconds)
+        return self._tick
+
+    def _tick(self) -> None:
+        self.now += next(self._coming, 0.0)
+
+
+class Stopwatch:
+    """Times and weighs calls on one device."""
+
+    def __init__(self, device: str) -> None:
+        self.device, self.gpu = device, device == "cuda"
+        self._flush: Tensor | None = None
+
+    def seconds(self, thunk: Thunk, *, cold: bool = False) -> float:
+        """One call, the device idle before and after; cold: caches were overwritten first."""
+        if cold:
+            if self._flush is None:
+                self._flush = torch.empty(FLUSH_BYTES if self.gpu else FLUSH_BYTES // 4, dtype=torch.uint8)
+                self._flush = self._flush.to(self.device)
+            self._flush.add_(1)
+        if not self.gpu:
+            started = time.perf_counter()
+            thunk()
+            return time.perf_counter() - started
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda.synchronize()
+        begin.record()
+        thunk()
+        end.record()
+        torch.cuda.synchronize()
+        return begin.elapsed_time(end) / 1e3
+
+    def peak_bytes(self, thunk: Thunk) -> int:
+        """What torch allocates during a call, at its highest, beyond what was there before and what is returned.
+
+        On a CPU it is the sum over torch's own allocations, as the profiler reports them; what a matrix library takes
+        for itself is not seen.
+        """
+        return self._peak_bytes_gpu(thunk) if self.gpu else _peak_bytes_cpu(thunk)
+
+    def _peak_bytes_gpu(self, thunk: Thunk) -> int:
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        kept = thunk()
+        torch.cuda.synchronize()
+        peak, after = torch.cuda.max_memory_allocated(), torch.cuda.memory_allocated()
+        del kept
+        return peak - max(before, after)
+
+    def interleaved(self, thunks: dict[str, Thunk], rounds: int, *, cold: bool = False) -> dict[str, list[float]]:
+        """Seconds of each round of each, one after the other in every round, in turning order."""
+        names, taken = list(thunks), {name: [] for name in thunks}
+        for number in range(rounds):
+            turn = number % max(1, len(names))
+            for name in names[turn:] + names[:turn]:
+                taken[name].append(self.seconds(thunks[name], cold=cold))
+        return taken
+
+
+def _peak_bytes_cpu(thunk: Thunk) -> int:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+            kept = thunk()
+    assert profile.profiler is not None
+    assert profile.profiler.kineto_results is not None
+    events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
+    now = highest = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        now += event.nbytes()
+        highest = max(highest, now)
+    del kept
+    return highest - max(0, now)
+
+
+def same_bits(first: object, second: object) -> bool:
+    """Whether two results (tensors, or nests of them) agree to the last bit."""
+    if isinstance(first, Tensor):
+        return isinstance(second, Tensor) and torch.equal(first, second)
+    if isinstance(first, (tuple, list)):
+        return isinstance(second, (tuple, list)) and all(same_bits(a, b) for a, b in zip(first, second, strict=True))
+    return first == second
+
+
+def machine_rates(device: str, dtype: torch.dtype, T: int, H: int, V: int) -> dict[str, float]:
+    """What this machine gives here and now: its own product of this shape in TFLOP/s, and a copy in GB/s.
+
+    The product is torch's, in `dtype` and, on a CPU, in fp32 too, whichever is the faster: the rate that a head could
+    reach. It is split by columns as large heads must be. The median of five calls.
+    """
+    watch, best = Stopwatch(device), 0.0
+    columns = min(V, 16_384)
+    for kind in {dtype, torch.float32} if device == "cpu" else {dtype}:
+        left, right = torch.randn(T, H, device=device).to(kind), torch.randn(columns, H, device=device).to(kind)
+        room = torch.empty(T, columns, device=device, dtype=kind)
+
+        def product(left: Tensor = left, right: Tensor = right, room: Tensor = room) -> None:
+            torch.mm(left, right.T, out=room)
+
+        product()
+        took = statistics.median(watch.seconds(product) for _ in range(5))
+        best = max(best, 2e-12 * T * H * columns / took)
+    source = torch.ones((1 << 30) if device == "cuda" else (1 << 24), dtype=torch.uint8, device=device)
+    goal = torch.empty_like(source)
+    took = statistics.median(watch.seconds(lambda: goal.copy_(source)) for _ in range(5))
+    return {"gemm_tflops": best, "copy_gbs": 2e-9 * source.numel() / took}
+
+
+CLOCK = Clock()  # for `@pytest.mark.benchmark(timer=CLOCK)`
+
+
+def record(benchmark: Any, seconds: list[float], info: dict[str, Any]) -> None:
+    """Hands rounds that were measured already, beside those of rivals, to a benchmark whose timer is CLOCK."""
+    benchmark.extra_info.update(info)
+    benchmark.pedantic(CLOCK.play(seconds), rounds=len(seconds))

@@ -1,0 +1,76 @@
+"""How wrong an answer is: log-probabilities, entropies and gradients against fp64, on a slice of rows and columns."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from head_cases import Case, exact_rows, exact_weight_grad, relative_error
+from rivals import Answer, Rival
+from suite_cases import Job, Operands
+from torch import Tensor
+
+from entrocraft.kernels import linear_logprob_entropy
+
+ROWS, COLUMNS = 64, 32
+
+
+class Truth:
+    """fp64 values and gradients of some rows, and of the weight's gradient in some columns."""
+
+    def __init__(self, operands: Operands, job: Job) -> None:
+        case, temperature_T = operands
+        if temperature_T is not None:
+            # z / tau is the head of hidden / tau; its gradient is that of hidden times tau.
+            case = case._replace(hidden_TH=case.hidden_TH.detach().double() / temperature_T[:, None].double())
+        if "upstream" not in job.needs and job.gradients:
+            case = case._replace(grad_logprob_T=-case.grad_logprob_T)
+        self.rows = torch.linspace(0, len(case.target_T) - 1, min(ROWS, len(case.target_T)), device=case[0].device)
+        self.rows = self.rows.long().unique()
+        self.of_rows = exact_rows(case, self.rows)
+        self.hidden_grad_NH = self.of_rows["hidden_grad"]
+        if temperature_T is not None:
+            self.hidden_grad_NH = self.hidden_grad_NH / temperature_T[self.rows, None].double()
+        self.weight_grad_NH: Tensor | None = None
+        if job.gradients == 2:
+            self._of_weight(case)
+
+    def _of_weight(self, case: Case) -> None:
+        """Half of the columns are targets, the others any; logsumexp and entropy of all rows are our own,
+        which is right to 1e-6 nats."""
+        few = case.target_T[: COLUMNS // 2]
+        others = torch.arange(COLUMNS // 2, device=few.device) % len(case.weight_VH)
+        self.columns = torch.cat([few, others]).unique()
+        parts = []
+        with torch.no_grad():
+            for hidden_NH, target_N in zip(case.hidden_TH.split(4096), case.target_T.split(4096), strict=True):
+                # An fp64 hidden (of a temperature a row) wants an fp64 weight; bf16 ones are read exactly.
+                weight_VH = case.weight_VH.detach().to(torch.promote_types(hidden_NH.dtype, case.weight_VH.dtype))
+                parts.append(linear_logprob_entropy(hidden_NH.detach(), weight_VH, target_N))
+        stats = type(parts[0]).cat(parts)
+        self.weight_grad_NH = exact_weight_grad(case, self.columns, stats)
+
+    def errors(self, answer: Answer, gradients: Sequence[Tensor]) -> dict[str, float]:
+        """Mean and largest errors in nats, relative errors of gradients; only of what the answer has."""
+        found: dict[str, float] = {}
+        for name, value_T in (("logprob", answer.logprob_T), ("entropy", answer.entropy_T)):
+            if value_T is not None:
+                error_N = (value_T.detach()[self.rows].double() - self.of_rows[name]).abs()
+                found[f"{name}_mean"], found[f"{name}_max"] = float(error_N.mean()), float(error_N.max())
+        if gradients:
+            found["hidden_grad"] = relative_error(gradients[0][self.rows], self.hidden_grad_NH)
+        if len(gradients) == 2 and self.weight_grad_NH is not None:
+            found["weight_grad"] = relative_error(gradients[1][self.columns], self.weight_grad_NH)
+        return found
+
+
+def complaint(rival: Rival, errors: dict[str, float]) -> str | None:
+    """Why a contender may not be timed: its error is beyond what its arithmetic explains."""
+    most = {"logprob_mean": rival.logprob_error, "entropy_mean": 3 * rival.logprob_error}
+    most |= {"hidden_grad": rival.gradient_error, "weight_grad": rival.gradient_error}
+    wrong = [
+        f"{name} {errors[name]:.3g} > {bound:.3g}"
+        for name, bound in most.items()
+        if name in errors and not errors[name] <= bound
+    ]
+    return f"{rival.name} is wrong and is not timed: {', '.join(wrong)}" if wrong else None

@@ -1,0 +1,168 @@
+"""The suite's parts: its data, its truth, its clock, its scales; and that a contender with a wrong answer is refused."""
+
+import dataclasses
+import math
+
+import pytest
+import torch
+from rivals import ALWAYS, Answer, all_rivals, run
+from suite_cases import HEADS, JOBS, Shape, make_operands, shapes
+from suite_contest import Clock, Stopwatch, machine_rates, same_bits
+from suite_errors import Truth, complaint
+
+from entrocraft.kernels import linear_logprob_entropy_reference
+
+SHAPE = Shape(48, 64, 600)
+RIVALS = {rival.name: rival for rival in all_rivals()}
+
+
+@pytest.mark.parametrize("V", [2_000, 20_000, 151_936])
+def test_peaked_data_is_as_peaked_as_a_language_model(V):
+    case, _ = make_operands(Shape(96, 256, V), JOBS["statistics"], "peaked", device="cpu", dtype=torch.float32)
+    logit_TV = case.hidden_TH @ case.weight_VH.T
+    logp_TV = logit_TV.log_softmax(1)
+    entropy = float(-(logp_TV.exp() * logp_TV).sum(1).mean())
+    assert 0.3 < entropy < 1.6
+    assert 18 < float(logit_TV.amax(1).mean()) < 30
+
+
+def test_random_data_is_nearly_uniform_and_unknown_data_an_error():
+    case, _ = make_operands(SHAPE, JOBS["statistics"], "random", device="cpu", dtype=torch.float32)
+    logp_TV = (case.hidden_TH @ case.weight_VH.T).log_softmax(1)
+    assert -(logp_TV.exp() * logp_TV).sum(1).mean() > math.log(600) - 0.8
+    with pytest.raises(ValueError, match="data is 'flat'; expected one of peaked, random"):
+        make_operands(SHAPE, JOBS["statistics"], "flat", device="cpu")
+
+
+def test_operands_are_the_same_each_time_and_have_the_zero_rows_asked_for():
+    one, two = (make_operands(Shape(4_000, 8, 64), JOBS["tenth_live"], "peaked", device="cpu") for _ in range(2))
+    assert same_bits(tuple(one.case), tuple(two.case))
+    assert abs(float((one.case.grad_logprob_T == 0).double().mean()) - 0.9) < 0.02
+
+
+def test_every_head_of_the_matrix_is_named_and_sizes_multiply():
+    assert {
+        (2_560, 151_936),
+        (4_096, 151_936),
+        (4_096, 128_256),
+        (2_560, 262_144),
+        (2_880, 201_088),
+        (8_192, 128_256),
+    } <= set(HEADS.values())
+    assert [shape for _, shape in shapes(["small"], [1, 2], [10, 20])] == [
+        (1, 128, 10),
+        (2, 128, 10),
+        (1, 128, 20),
+        (2, 128, 20),
+    ]
+
+
+@pytest.mark.parametrize("name", JOBS)
+def test_the_truth_of_every_job_is_that_of_the_fp64_reference(name):
+    job = JOBS[name]
+    operands = make_operands(SHAPE, job, "peaked", device="cpu")
+    case, temperature_T = operands
+    leaves = [leaf.detach().double().requires_grad_(leaf.requires_grad) for leaf in case[:2]]
+    stats = linear_logprob_entropy_reference(
+        *leaves, case.target_T, temperature=1.0 if temperature_T is None else temperature_T.double()
+    )
+    gradients: tuple = ()
+    if job.gradients:
+        sign = 1 if "upstream" in job.needs else -1
+        total = sign * (case.grad_logprob_T * stats.logprob_T).sum() + (case.grad_entropy_T * stats.entropy_T).sum()
+        gradients = torch.autograd.grad(total, [leaf for leaf in leaves if leaf.requires_grad])
+    errors = Truth(operands, job).errors(Answer(stats.logprob_T, stats.entropy_T), gradients)
+    assert len(errors) == 4 + job.gradients
+    # The weight's gradient leans on our own log-sum-exp and entropy of bf16 rows, which are fp32 numbers.
+    assert max(errors.values()) < 3e-5
+    assert max(error for key, error in errors.items() if key != "weight_grad") < 1e-12
+
+
+@pytest.mark.parametrize("name", sorted(ALWAYS))
+def test_every_rival_that_needs_no_gpu_agrees_with_fp64_on_every_job(name):
+    rival = RIVALS[name]
+    assert rival.why_not(SHAPE.H, SHAPE.V, "cpu") is None, "install the extra `bench`"
+    done = [job_name for job_name in JOBS if rival.does(job_name, JOBS[job_name])]
+    assert done
+    for job_name in done if name != "torch_compile" else ["statistics"]:  # each further job is compiled for seconds
+        operands = make_operands(SHAPE, JOBS[job_name], "peaked", device="cpu")
+        answer, gradients = run(rival, operands, JOBS[job_name])
+        errors = Truth(operands, JOBS[job_name]).errors(answer, gradients)
+        assert errors, job_name
+        assert complaint(rival, errors) is None, (job_name, errors)
+
+
+def test_a_rival_that_is_wrong_is_refused_by_name_and_number():
+    job = JOBS["logprob"]
+    operands = make_operands(SHAPE, job, "peaked", device="cpu")
+    answer, (hidden_grad, weight_grad) = run(RIVALS["entrocraft"], operands, job)
+    truth = Truth(operands, job)
+    shifted = Answer(answer.logprob_T + 1e-3)
+    assert complaint(RIVALS["eager_bf16"], truth.errors(shifted, ())) is None  # within what its logits lose
+    assert "logprob_mean 0.001 > 1e-05" in str(complaint(RIVALS["entrocraft"], truth.errors(shifted, ())))
+    tripled = truth.errors(answer, (hidden_grad, 3 * weight_grad))
+    assert str(complaint(RIVALS["entrocraft"], tripled)).startswith(
+        "entrocraft is wrong and is not timed: weight_grad 2"
+    )
+    nothing = truth.errors(Answer(answer.logprob_T * float("nan")), ())
+    assert "nan" in str(complaint(RIVALS["entrocraft"], nothing))
+
+
+def test_restrictions_are_reasons():
+    assert RIVALS["cce"].why_not(64, 600, "cpu") in ("cut_cross_entropy is not installed", "it has no path on a CPU")
+    narrow = dataclasses.replace(RIVALS["trl_chunked"], hidden_multiple=128, vocab_multiple=8)
+    assert narrow.why_not(64, 600, "cpu") == "it wants H a multiple of 128 and V of 8"
+    assert not RIVALS["trl_chunked"].does("row_temperature", JOBS["row_temperature"])
+    assert not RIVALS["quack"].does("both", JOBS["both"])
+    assert not RIVALS["entrocraft_cache"].does("statistics", JOBS["statistics"])
+
+
+def test_products_are_counted():
+    half = JOBS["half_zero"]
+    assert half.useful_products() == 2.0
+    assert [
+        RIVALS[name].products(half) for name in ("entrocraft", "entrocraft_cache", "trl_chunked", "eager_bf16")
+    ] == [2.5, 2, 4, 3]
+    assert [RIVALS[name].products(JOBS["frozen"]) for name in ("entrocraft", "verl_triton", "eager_fp32")] == [3, 4, 2]
+    assert RIVALS["cce"].products(JOBS["statistics"]) == 1
+
+
+def test_the_clock_tells_what_was_measured_and_rounds_take_turns():
+    clock = Clock()
+    tick = clock.play([0.5, 0.25])
+    times = [clock()]
+    for _ in range(3):
+        tick()
+        times.append(clock())
+    assert times == [0.0, 0.5, 0.75, 0.75]
+    order: list[str] = []
+    thunks = {name: (lambda name=name: order.append(name)) for name in "abc"}
+    taken = Stopwatch("cpu").interleaved(thunks, 2)
+    assert order == ["a", "b", "c", "b", "c", "a"]
+    assert all(len(seconds) == 2 and min(seconds) > 0 for seconds in taken.values())
+
+
+def test_transient_memory_is_what_stands_beyond_the_result():
+    value = torch.ones(1 << 18)  # 1 MiB
+
+    def twice() -> torch.Tensor:
+        first = value + 1
+        second = first * 2
+        del first
+        return second
+
+    peak = Stopwatch("cpu").peak_bytes(twice)
+    assert (1 << 20) <= peak < (1 << 20) + 4096
+
+
+def test_bits_are_compared_in_nests():
+    one = (torch.tensor([1.0]), None, [torch.tensor([2.0])])
+    assert same_bits(one, (torch.tensor([1.0]), None, [torch.tensor([2.0])]))
+    assert not same_bits(one, (torch.tensor([1.0]), None, [torch.tensor([2.0000002])]))
+    assert not same_bits(one[0], None)
+
+
+def test_the_machine_has_a_rate():
+    rates = machine_rates("cpu", torch.bfloat16, 64, 64, 512)
+    assert 1e-4 < rates["gemm_tflops"] < 100
+    assert 0.1 < rates["copy_gbs"] < 10_000
