@@ -1,4 +1,4 @@
-"""Rivals from packages: TRL, Liger, cut-cross-entropy, verl, quack, flash-attention. Restrictions are their authors'."""
+"""Rivals from packages: TRL, Liger, cut-cross-entropy, verl, quack, flash-attention; restrictions are theirs."""
 
 from __future__ import annotations
 

@@ -36,17 +36,15 @@ class Truth:
             self._of_weight(case)
 
     def _of_weight(self, case: Case) -> None:
-        """Half of the columns are targets, the others any; logsumexp and entropy of all rows are our own,
-        which is right to 1e-6 nats."""
+        """Half of the columns are targets, the others any; logsumexp and entropy of all rows are our own in fp64, since
+        where a target is nearly certain, 1 - p is a difference that fp32 does not hold."""
         few = case.target_T[: COLUMNS // 2]
         others = torch.arange(COLUMNS // 2, device=few.device) % len(case.weight_VH)
         self.columns = torch.cat([few, others]).unique()
-        parts = []
+        parts, weight_VH = [], case.weight_VH.detach().double()
         with torch.no_grad():
             for hidden_NH, target_N in zip(case.hidden_TH.split(4096), case.target_T.split(4096), strict=True):
-                # An fp64 hidden (of a temperature a row) wants an fp64 weight; bf16 ones are read exactly.
-                weight_VH = case.weight_VH.detach().to(torch.promote_types(hidden_NH.dtype, case.weight_VH.dtype))
-                parts.append(linear_logprob_entropy(hidden_NH.detach(), weight_VH, target_N))
+                parts.append(linear_logprob_entropy(hidden_NH.detach().double(), weight_VH, target_N))
         stats = type(parts[0]).cat(parts)
         self.weight_grad_NH = exact_weight_grad(case, self.columns, stats)
 

@@ -1,4 +1,4 @@
-"""The suite's parts: its data, its truth, its clock, its scales; and that a contender with a wrong answer is refused."""
+"""The suite's parts: its data, its truth, its clock, its scales; a contender with a wrong answer is refused."""
 
 import dataclasses
 import math
@@ -18,11 +18,11 @@ RIVALS = {rival.name: rival for rival in all_rivals()}
 
 @pytest.mark.parametrize("V", [2_000, 20_000, 151_936])
 def test_peaked_data_is_as_peaked_as_a_language_model(V):
-    case, _ = make_operands(Shape(96, 256, V), JOBS["statistics"], "peaked", device="cpu", dtype=torch.float32)
+    case, _ = make_operands(Shape(192, 256, V), JOBS["statistics"], "peaked", device="cpu", dtype=torch.float32)
     logit_TV = case.hidden_TH @ case.weight_VH.T
     logp_TV = logit_TV.log_softmax(1)
     entropy = float(-(logp_TV.exp() * logp_TV).sum(1).mean())
-    assert 0.3 < entropy < 1.6
+    assert 0.3 < entropy < 1.5
     assert 18 < float(logit_TV.amax(1).mean()) < 30
 
 
@@ -73,9 +73,7 @@ def test_the_truth_of_every_job_is_that_of_the_fp64_reference(name):
         gradients = torch.autograd.grad(total, [leaf for leaf in leaves if leaf.requires_grad])
     errors = Truth(operands, job).errors(Answer(stats.logprob_T, stats.entropy_T), gradients)
     assert len(errors) == 4 + job.gradients
-    # The weight's gradient leans on our own log-sum-exp and entropy of bf16 rows, which are fp32 numbers.
-    assert max(errors.values()) < 3e-5
-    assert max(error for key, error in errors.items() if key != "weight_grad") < 1e-12
+    assert max(errors.values()) < 1e-9
 
 
 @pytest.mark.parametrize("name", sorted(ALWAYS))
