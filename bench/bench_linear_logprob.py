@@ -12,23 +12,13 @@ from __future__ import annotations
 
 import functools
 import statistics
-from dataclasses import dataclass
 from typing import Any
 
 import pytest
-import torch
-from rivals import ALWAYS, Answer, Rival, all_rivals, run
+from rivals import ALWAYS, Rival, all_rivals, run
 from suite_cases import JOBS, Shape, make_operands, shapes
-from suite_contest import CLOCK, Stopwatch, record, same_bits
-from suite_errors import Truth, complaint
-
-
-@dataclass(frozen=True)
-class Measured:
-    """One contender of one job."""
-
-    seconds: list[float]
-    info: dict[str, Any]
+from suite_contest import CLOCK, Contender, Measured, compete, record
+from suite_errors import Truth, bounds
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -63,11 +53,11 @@ def bench_linear_logprob(
     rounds = 1 if benchmark.disabled else config.getoption("bench_rounds")
     names = tuple(wanted) if wanted else None
     found = group(shape, job_name, data, device, names, rounds)[contender.name]
-    if isinstance(found, str):
-        pytest.fail(found)
     benchmark.group = f"{head} T={shape.T} V={shape.V} {job_name} {data}"
-    info = {"head": head, **shape._asdict(), "job": job_name, "data": data, **found.info}
-    record(benchmark, found.seconds, info | derived(shape, job_name, contender, found, rates[shape]))
+    info = {"head": head, **shape._asdict(), "job": job_name, "data": data}
+    if isinstance(found, Measured):
+        info |= derived(shape, job_name, contender, found, rates[shape])
+    record(benchmark, found, **info)
 
 
 @functools.lru_cache(maxsize=1)
@@ -77,43 +67,20 @@ def group(
     """Every contender that runs here: what was measured, or why it was not timed. Kept until the next group comes."""
     job = JOBS[job_name]
     operands = make_operands(shape, job, data, device=device)
-    truth, watch = Truth(operands, job), Stopwatch(device)
-    found: dict[str, Measured | str] = {}
-    thunks, infos = {}, {}
-    for rival in all_rivals():
-        if (
-            not rival.does(job_name, job)
-            or rival.why_not(shape.H, shape.V, device)
-            or (names and rival.name not in names)
-        ):
-            continue
-        thunk = functools.partial(run, rival, operands, job)
-        try:
-            errors, repeats = _checked(thunk, truth)
-            wrong = complaint(rival, errors)
-            if wrong is None:
-                infos[rival.name] = {"errors": errors, "repeats": repeats, "peak_bytes": watch.peak_bytes(thunk)}
-                thunks[rival.name] = thunk
-        except torch.OutOfMemoryError:
-            wrong = f"{rival.name} does not fit into this machine's memory"
-            torch.cuda.empty_cache()
-        except ImportError as error:
-            wrong = f"{rival.name} cannot be imported: {error}"
-        if wrong is not None:
-            found[rival.name] = wrong
-    warm = watch.interleaved(thunks, rounds)
-    cold = watch.interleaved(thunks, max(1, rounds // 3), cold=True)
-    for name, info in infos.items():
-        info["cold_ms"] = 1e3 * statistics.median(cold[name])
-        found[name] = Measured(warm[name], info)
-    return found
-
-
-def _checked(thunk: Any, truth: Truth) -> tuple[dict[str, float], bool]:
-    """Errors of a call, and whether a second gives the same bits. The first one compiles and warms up."""
-    answer, gradients = thunk()
-    again = thunk()
-    return truth.errors(Answer(*answer), gradients), same_bits((tuple(answer), gradients), (tuple(again[0]), again[1]))
+    truth = Truth(operands, job)
+    field = {
+        rival.name: Contender(
+            functools.partial(run, rival, operands, job),
+            rival.settings,
+            lambda made: truth.errors(*made),
+            bounds(rival),
+        )
+        for rival in all_rivals()
+        if rival.does(job_name, job)
+        and not rival.why_not(shape.H, shape.V, device)
+        and (names is None or rival.name in names)
+    }
+    return compete(field, device, rounds)
 
 
 def derived(
@@ -130,9 +97,7 @@ def derived(
     moved += {0: 0, 1: 2 * shape.T * shape.H, 2: shape.operand_bytes()}[job.gradients]
     executed = 1e-12 * rival.products(job) * product / seconds
     return {
-        "rival": rival.name,
         "version": rival.version(),
-        "settings": rival.settings,
         "useful_tflops": 1e-12 * job.useful_products() * product / seconds,
         "executed_tflops": executed,
         "executed_products": rival.products(job),

@@ -6,7 +6,8 @@ import statistics
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -141,7 +142,71 @@ def machine_rates(device: str, dtype: torch.dtype, T: int, H: int, V: int) -> di
 CLOCK = Clock()  # for `@pytest.mark.benchmark(timer=CLOCK)`
 
 
-def record(benchmark: Any, seconds: list[float], info: dict[str, Any]) -> None:
-    """Hands rounds that were measured already, beside those of rivals, to a benchmark whose timer is CLOCK."""
-    benchmark.extra_info.update(info)
-    benchmark.pedantic(CLOCK.play(seconds), rounds=len(seconds))
+class Contender(NamedTuple):
+    """One of those who do the same thing."""
+
+    thunk: Thunk
+    settings: str
+    errors: Callable[[Any], dict[str, float]]
+    """Of what the thunk returns, against the truth."""
+    bounds: dict[str, float]
+    """Errors beyond which it is not timed."""
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """Seconds of each round of a contender, and what else was found out."""
+
+    seconds: list[float]
+    info: dict[str, Any]
+
+
+def complaint(name: str, errors: dict[str, float], bounds: dict[str, float]) -> str | None:
+    """Why a contender may not be timed: its error is beyond what its arithmetic explains, or not a number."""
+    wrong = [
+        f"{key} {errors[key]:.3g} > {bound:.3g}"
+        for key, bound in bounds.items()
+        if key in errors and not errors[key] <= bound
+    ]
+    return f"{name} is wrong and is not timed: {', '.join(wrong)}" if wrong else None
+
+
+def compete(contenders: dict[str, Contender], device: str, rounds: int) -> dict[str, Measured | str]:
+    """Checks all, then times those that are right, in interleaved rounds with warm caches and a third as many with
+    cold ones; says of the others why they were not timed."""
+    watch = Stopwatch(device)
+    found: dict[str, Measured | str] = {}
+    infos: dict[str, dict[str, Any]] = {}
+    for name, one in contenders.items():
+        try:
+            first = one.thunk()  # compiles, warms up
+            errors, repeats = one.errors(first), same_bits(first, one.thunk())
+            wrong = complaint(name, errors, one.bounds)
+            if wrong is None:
+                peak = watch.peak_bytes(one.thunk)
+                infos[name] = {"settings": one.settings, "errors": errors, "repeats": repeats, "peak_bytes": peak}
+        except torch.OutOfMemoryError:
+            wrong = f"{name} does not fit into this machine's memory"
+            torch.cuda.empty_cache()
+        except ImportError as error:
+            wrong = f"{name} cannot be imported: {error}"
+        if wrong is not None:
+            found[name] = wrong
+    thunks = {name: contenders[name].thunk for name in infos}
+    warm = watch.interleaved(thunks, rounds)
+    cold = watch.interleaved(thunks, max(1, rounds // 3), cold=True)
+    for name, info in infos.items():
+        found[name] = Measured(warm[name], {"rival": name, "cold_ms": 1e3 * statistics.median(cold[name]), **info})
+    return found
+
+
+def record(benchmark: Any, measured: Measured | str, **info: Any) -> None:
+    """Hands rounds that were measured already, beside those of rivals, to a benchmark whose timer is CLOCK.
+
+    Raises:
+        AssertionError: what kept the contender from being timed.
+    """
+    if isinstance(measured, str):
+        raise AssertionError(measured)
+    benchmark.extra_info.update(measured.info | info)
+    benchmark.pedantic(CLOCK.play(measured.seconds), rounds=len(measured.seconds))

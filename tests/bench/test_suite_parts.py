@@ -7,8 +7,8 @@ import pytest
 import torch
 from rivals import ALWAYS, Answer, all_rivals, run
 from suite_cases import HEADS, JOBS, Shape, make_operands, shapes
-from suite_contest import Clock, Stopwatch, machine_rates, same_bits
-from suite_errors import Truth, complaint
+from suite_contest import Clock, Contender, Measured, Stopwatch, compete, complaint, machine_rates, same_bits
+from suite_errors import Truth, bounds
 
 from entrocraft.kernels import linear_logprob_entropy_reference
 
@@ -87,7 +87,29 @@ def test_every_rival_that_needs_no_gpu_agrees_with_fp64_on_every_job(name):
         answer, gradients = run(rival, operands, JOBS[job_name])
         errors = Truth(operands, JOBS[job_name]).errors(answer, gradients)
         assert errors, job_name
-        assert complaint(rival, errors) is None, (job_name, errors)
+        assert refused(name, errors) is None, (job_name, errors)
+
+
+def refused(name, errors):
+    return complaint(name, errors, bounds(RIVALS[name]))
+
+
+def test_those_who_are_wrong_or_do_not_fit_are_not_timed_and_the_others_are():
+    def too_large():
+        raise torch.OutOfMemoryError
+
+    def nearest(value):
+        return {"off": abs(float(value) - 2.0)}
+
+    calls = {"right": lambda: torch.tensor(2.0), "wrong": lambda: torch.tensor(3.0), "large": too_large}
+    field = {name: Contender(thunk, "as it is", nearest, {"off": 0.1}) for name, thunk in calls.items()}
+    found = compete(field, "cpu", 4)
+    assert found["wrong"] == "wrong is wrong and is not timed: off 1 > 0.1"
+    assert found["large"] == "large does not fit into this machine's memory"
+    assert isinstance(found["right"], Measured)
+    assert len(found["right"].seconds) == 4
+    assert found["right"].info["errors"] == {"off": 0.0}
+    assert found["right"].info["repeats"] is True
 
 
 def test_a_rival_that_is_wrong_is_refused_by_name_and_number():
@@ -96,14 +118,12 @@ def test_a_rival_that_is_wrong_is_refused_by_name_and_number():
     answer, (hidden_grad, weight_grad) = run(RIVALS["entrocraft"], operands, job)
     truth = Truth(operands, job)
     shifted = Answer(answer.logprob_T + 1e-3)
-    assert complaint(RIVALS["eager_bf16"], truth.errors(shifted, ())) is None  # within what its logits lose
-    assert "logprob_mean 0.001 > 1e-05" in str(complaint(RIVALS["entrocraft"], truth.errors(shifted, ())))
+    assert refused("eager_bf16", truth.errors(shifted, ())) is None  # within what its logits lose
+    assert "logprob_mean 0.001 > 1e-05" in str(refused("entrocraft", truth.errors(shifted, ())))
     tripled = truth.errors(answer, (hidden_grad, 3 * weight_grad))
-    assert str(complaint(RIVALS["entrocraft"], tripled)).startswith(
-        "entrocraft is wrong and is not timed: weight_grad 2"
-    )
+    assert str(refused("entrocraft", tripled)).startswith("entrocraft is wrong and is not timed: weight_grad 2")
     nothing = truth.errors(Answer(answer.logprob_T * float("nan")), ())
-    assert "nan" in str(complaint(RIVALS["entrocraft"], nothing))
+    assert "nan" in str(refused("entrocraft", nothing))
 
 
 def test_restrictions_are_reasons():
