@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import functools
 import statistics
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -81,6 +82,10 @@ def group(
         and (names is None or rival.name in names)
     }
     return compete(field, device, rounds)
+
+
+def _errors(truth: Truth) -> Callable[[Any], dict[str, float]]:
+    return lambda made: truth.errors(*made)
 
 
 def derived(
