@@ -49,7 +49,7 @@ class Batch(NamedTuple):
 
 
 def make_batch(shape: Shape, device: str) -> Batch:
-    """Ratios are 1, e^0.1, e^-0.1, e^0.5 and e^-0.5, of which the last two may be clipped. ValueError for a ragged T."""
+    """Ratios are 1, e^0.1, e^-0.1, e^0.5 and e^-0.5, of which the last two may be clipped. T must not be ragged."""
     if shape.T % SEQUENCE:
         raise ValueError(
             f"--tokens {shape.T}: expected a multiple of {SEQUENCE}, such as {shape.T // SEQUENCE * SEQUENCE}"

@@ -1,0 +1,73 @@
+"""A whole optimizer update of a tiny model: this project's step, and TRL's GRPOTrainer on the same rollouts.
+
+    pytest bench/bench_train_step.py
+    python bench/suite_trl_step.py --head qwen3_4b --layers 4 --largest   # real sizes, on a GPU: a process each
+
+Checked first: loss and norm of the gradient against plain fp64 torch, one rollout at a time.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import pytest
+import torch
+from suite_contest import CLOCK, Contender, Measured, compete, record
+from suite_trl_step import Size, build, make_model, make_rollouts
+
+SIZE = Size("tiny", layers=2, rollouts=8, prompt=16, response=32, microbatch=4)
+
+
+def exact_update(size: Size, device: str) -> tuple[float, float]:
+    """Loss and norm of the gradient on policy, in fp64: -mean over tokens of A r, where r = 1."""
+    model = make_model(size, device).double()
+    rollouts, advantage_R = make_rollouts(size)
+    T, total = len(rollouts.token_T), 0.0
+    for number, tokens in enumerate(rollouts.token_T.split(rollouts.length_R.tolist())):
+        prompt = rollouts.prompts[int(rollouts.group_R[number])]
+        ids = torch.cat([torch.tensor(prompt), tokens])[None].to(device)
+        logp = model(input_ids=ids).logits[0, len(prompt) - 1 : -1].double().log_softmax(1)
+        logprob = logp.gather(1, tokens[:, None].to(device))
+        loss = -(float(advantage_R[number]) * (logprob - logprob.detach()).exp()).sum() / T
+        loss.backward()
+        total += float(loss.detach())
+    norm = torch.nn.utils.get_total_norm([value.grad for value in model.parameters()])
+    return total, float(norm)
+
+
+@functools.lru_cache(maxsize=1)
+def group(device: str, rounds: int) -> dict[str, Measured | str]:
+    """Ours and TRL's. The first update is the one that is checked: the later ones start from other weights."""
+    loss, norm = exact_update(SIZE, device)
+    most = 1e-5 if device == "cpu" else 2e-2
+    field = {}
+    for name in ("entrocraft", "trl"):
+        update, _ = build(name, SIZE, device)
+        first = update()
+        errors = {"loss": abs(first[0] / loss - 1.0), "grad_norm": abs(first[1] / norm - 1.0)}
+        settings = "packed micro-batches, fused head" if name == "entrocraft" else "GRPOTrainer, chunked head, padding"
+        bounds = {"loss": most, "grad_norm": 100 * most}
+        field[name] = Contender(functools.partial(_silent, update), settings, functools.partial(_known, errors), bounds)
+    return compete(field, device, rounds)
+
+
+def _silent(update: Any) -> None:
+    update()  # its numbers change from update to update, and are no matter for a comparison of bits
+
+
+def _known(errors: dict[str, float], made: None) -> dict[str, float]:
+    return errors
+
+
+@pytest.mark.benchmark(timer=CLOCK)
+@pytest.mark.parametrize("name", ["entrocraft", "trl"])
+def bench_train_step(request: pytest.FixtureRequest, benchmark: Any, name: str) -> None:
+    """One update of eight rollouts: forward, backward, clipping, AdamW."""
+    device = request.config.getoption("device")
+    if device == "cuda":
+        pytest.importorskip("transformers")
+        pytest.importorskip("trl")
+    found = group(device, 1 if benchmark.disabled else request.config.getoption("bench_rounds"))
+    benchmark.group = "train step"
+    record(benchmark, found[name], job="train_step", data="random model", **SIZE._asdict())

@@ -1,0 +1,275 @@
+"""A whole GRPO update, TRL's GRPOTrainer beside this project's step: time, peak memory, the largest batch that fits.
+
+    python bench/suite_trl_step.py                                             # tiny, on a CPU
+    python bench/suite_trl_step.py --head qwen3_4b --layers 4 --prompt 128 --response 512 --largest   # a GPU
+
+Same architecture (a Qwen3 with random weights, the head's H and V, tied), same rollouts, both in bf16 on a GPU and fp32
+on a CPU, AdamW of torch, no reference model, PPO-clip, mean over tokens, temperature 1. TRL at its best settings: its
+chunked head, and on a GPU with Liger installed `use_liger_kernel` besides, as a contender of its own; its trainer pads.
+Ours: packed micro-batches and the fused head. Each contender runs in a process of its own, so that the memory of one is
+not the other's; losses and gradient norms of the first update must agree. `--largest` doubles the rollouts of one
+micro-batch until memory gives out, then halves the gap.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import statistics
+import subprocess
+import sys
+import tempfile
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from suite_cases import HEADS
+from suite_contest import Stopwatch
+from suite_machine import machine
+from torch import Tensor
+
+Update = Callable[[], tuple[float, float]]  # loss and norm of the gradient
+CONTENDERS = ("entrocraft", "trl", "trl_liger")
+GROUP = 4  # rollouts of a prompt
+
+
+class Size(NamedTuple):
+    """One update."""
+
+    head: str
+    layers: int
+    rollouts: int
+    prompt: int
+    response: int
+    microbatch: int
+    """Rollouts of TRL's micro-batch, and as many times prompt + response tokens of ours."""
+
+
+def make_model(size: Size, device: str) -> Any:
+    """The same weights in every process."""
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
+    H, V = HEADS[size.head]
+    heads = max(2, H // 128)
+    config = Qwen3Config(
+        vocab_size=V, hidden_size=H, num_hidden_layers=size.layers, num_attention_heads=heads,
+        num_key_value_heads=heads // 2, head_dim=H // heads, intermediate_size=3 * H, tie_word_embeddings=True,
+        max_position_embeddings=size.prompt + size.response, initializer_range=1.0 / math.sqrt(H),
+        pad_token_id=0, eos_token_id=1,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    return Qwen3ForCausalLM(config).to(device, torch.bfloat16 if device == "cuda" else torch.float32)
+
+
+def make_rollouts(size: Size) -> tuple[Any, Tensor]:
+    """Responses of every length up to `response`, and advantages."""
+    from entrocraft import Rollouts
+
+    V, R = HEADS[size.head][1], size.rollouts
+    generator = torch.Generator().manual_seed(1)
+    length_R = torch.randint(max(1, size.response // 4), size.response + 1, (R,), generator=generator)
+    length_R[0] = size.response
+    T = int(length_R.sum())
+    prompts = torch.randint(2, V, (math.ceil(R / GROUP), size.prompt), generator=generator)
+    rollouts = Rollouts(
+        token_T=torch.randint(2, V, (T,), generator=generator),
+        rollout_T=torch.arange(R).repeat_interleave(length_R),
+        mask_T=torch.ones(T, dtype=torch.bool),
+        group_R=torch.arange(R) // GROUP,
+        sample_R=torch.arange(R) % GROUP,
+        prompts=tuple(tuple(row) for row in prompts.tolist()),
+        truncated_R=length_R == size.response,
+        weight_version=0,
+    )
+    return rollouts, torch.randn(R, generator=generator)
+
+
+def our_update(size: Size, device: str) -> tuple[Update, Any]:
+    """One optimizer update of this project's step, on policy; returns the call and the model."""
+    from entrocraft import PolicyObjective
+    from entrocraft.losses import PPOClip
+    from entrocraft.train.policy import Policy
+    from entrocraft.train.step import Share, accumulate
+    from entrocraft.train.tiny_model import ByT5Tokenizer
+
+    model = make_model(size, device)
+    rollouts, advantage_R = make_rollouts(size)
+    policy = Policy(model, ByT5Tokenizer(extra_ids=0), temperature=1.0, device=torch.device(device))
+    budget = size.microbatch * (size.prompt + size.response)
+    old_logprob_T = policy.score(rollouts, budget).logprob_T
+    T = len(rollouts.token_T)
+    objective = PolicyObjective(
+        loss_fn=PPOClip(dual_clip=None), old_logprob_T=old_logprob_T, weight_T=torch.full((T,), 1.0 / T),
+        advantage_T=advantage_R[rollouts.rollout_T], lengths_R=rollouts.length_R.tolist(),
+    )  # fmt: skip
+    share = Share(rollouts=rollouts, objective=objective)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6, weight_decay=0.0)
+
+    def update() -> tuple[float, float]:
+        model.train()
+        optimizer.zero_grad(set_to_none=True)
+        loss = accumulate(policy, share, budget)["loss"]
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        return loss, float(norm)
+
+    return update, model
+
+
+def trl_update(size: Size, device: str, *, liger: bool) -> tuple[Update, Any]:
+    """The same update through GRPOTrainer's own compute_loss, micro-batch by micro-batch, as its loop does it."""
+    from datasets import Dataset
+    from torch.nn.utils.rnn import pad_sequence
+    from trl import GRPOConfig, GRPOTrainer
+
+    from entrocraft.train.tiny_model import ByT5Tokenizer
+
+    model = make_model(size, device)
+    rollouts, advantage_R = make_rollouts(size)
+    steps = math.ceil(size.rollouts / size.microbatch)
+    config = GRPOConfig(
+        output_dir=tempfile.mkdtemp(), use_cpu=device == "cpu", bf16=device == "cuda", report_to="none", beta=0.0,
+        per_device_train_batch_size=size.microbatch, gradient_accumulation_steps=steps, num_generations=2,
+        max_completion_length=size.response, loss_type="dapo",
+        use_liger_kernel=liger, gradient_checkpointing=False, temperature=1.0,
+    )  # fmt: skip
+    trainer = GRPOTrainer(
+        model=model, processing_class=ByT5Tokenizer(extra_ids=0), args=config, reward_funcs=lambda **_: [0.0],
+        train_dataset=Dataset.from_dict({"prompt": ["a"] * size.rollouts}),
+    )  # fmt: skip
+    trainer.current_gradient_accumulation_steps = steps
+    tokens = rollouts.token_T.split(rollouts.length_R.tolist())
+    items = torch.tensor(len(rollouts.token_T), device=device)
+    batches = []
+    for first in range(0, size.rollouts, size.microbatch):
+        some = range(first, min(first + size.microbatch, size.rollouts))
+        prompts = torch.tensor([rollouts.prompts[int(rollouts.group_R[i])] for i in some])
+        batch = {
+            "prompt_ids": prompts,
+            "prompt_mask": torch.ones_like(prompts),
+            "completion_ids": pad_sequence([tokens[i] for i in some], batch_first=True),
+            "completion_mask": pad_sequence([torch.ones_like(tokens[i]) for i in some], batch_first=True),
+            "advantages": advantage_R[list(some)],
+        }
+        batches.append({name: value.to(device) for name, value in batch.items()} | {"num_items_in_batch": items})
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6, weight_decay=0.0)
+
+    def update() -> tuple[float, float]:
+        model.train()
+        optimizer.zero_grad(set_to_none=True)
+        total = 0.0
+        for number, batch in enumerate(batches, start=1):
+            trainer.accelerator.gradient_state._set_sync_gradients(number == len(batches))
+            loss = trainer.compute_loss(trainer.model, batch)
+            loss.backward()
+            total += float(loss.detach())
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        return total, float(norm)
+
+    return update, model
+
+
+def build(name: str, size: Size, device: str) -> tuple[Update, Any]:
+    """The update of a contender, and its model."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        if name == "entrocraft":
+            return our_update(size, device)
+        return trl_update(size, device, liger=name == "trl_liger")
+
+
+def measure(name: str, size: Size, device: str, rounds: int) -> dict[str, Any]:
+    """Loss and gradient norm of the first update, median seconds, and peak bytes of an update beyond weights and optimizer state."""
+    update, model = build(name, size, device)
+    loss, norm = update()
+    watch = Stopwatch(device)
+    weights = sum(value.nbytes for value in model.parameters())
+    seconds = [watch.seconds(update) for _ in range(rounds)]
+    found = {
+        "loss": loss,
+        "grad_norm": norm,
+        "seconds": statistics.median(seconds),
+        "rounds": rounds,
+        "weight_bytes": weights,
+    }
+    # The gradients of the last update stand there already, and are made anew.
+    return found | {"peak_bytes": watch.peak_bytes(update)}
+
+
+def alone(name: str, size: Size, device: str, rounds: int) -> dict[str, Any]:
+    """`measure` in a process of its own; {"reason": ...} where it does not fit or cannot run."""
+    command = [
+        sys.executable,
+        str(Path(__file__).resolve()),
+        "--only",
+        name,
+        "--device",
+        device,
+        "--rounds",
+        str(rounds),
+    ]
+    command += [f"--{field}={value}" for field, value in size._asdict().items()]
+    run = subprocess.run(command, capture_output=True, text=True)
+    if run.returncode == 0:
+        return json.loads(run.stdout.splitlines()[-1])
+    return {"reason": (run.stderr.strip().splitlines() or ["killed: out of memory, most likely"])[-1]}
+
+
+def largest(name: str, size: Size, device: str, most: int) -> int:
+    """The most rollouts, all in one micro-batch and a multiple of GROUP, whose update fits; 0 if none does."""
+
+    def fits(rollouts: int) -> bool:
+        return "reason" not in alone(name, size._replace(rollouts=rollouts, microbatch=rollouts), device, 1)
+
+    good, bad = 0, most + GROUP
+    trial = GROUP
+    while trial < bad:
+        if not fits(trial):
+            bad = trial
+            break
+        good, trial = trial, 2 * trial
+    while bad - good > max(GROUP, good // 8):  # to one part in eight
+        middle = (good + bad) // 2 // GROUP * GROUP
+        if middle in (good, bad):
+            break
+        good, bad = (middle, bad) if fits(middle) else (good, middle)
+    return good
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Measure every contender that can run, print a table, write JSON."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--head", choices=list(HEADS), default="tiny")
+    for field, value in (("layers", 2), ("rollouts", 8), ("prompt", 16), ("response", 32), ("microbatch", 4)):
+        parser.add_argument(f"--{field}", type=int, default=value)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--only", choices=CONTENDERS, help="measure one, in this process, and print JSON")
+    parser.add_argument("--largest", action="store_true", help="also search for the largest batch")
+    parser.add_argument("--most", type=int, default=4096, help="rollouts at which the search ends")
+    parser.add_argument("--out", type=Path)
+    given = parser.parse_args(arguments)
+    size = Size(*(getattr(given, field) for field in Size._fields))
+    if given.only:
+        print(json.dumps(measure(given.only, size, given.device, given.rounds)))
+        return 0
+    report: dict[str, Any] = {"machine": machine(given.device), "size": size._asdict(), "results": {}}
+    for name in CONTENDERS:
+        found = {"reason": "Liger's kernels want a GPU"}
+        if name != "trl_liger" or given.device == "cuda":
+            found = alone(name, size, given.device, given.rounds)
+            if given.largest and "reason" not in found:
+                found["largest_batch"] = largest(name, size, given.device, given.most)
+        report["results"][name] = found
+        print(f"{name:12}", found.get("reason") or json.dumps(found), flush=True)
+        if given.out:
+            given.out.write_text(json.dumps(report, indent=1) + "\n")
+    return 0 if "reason" not in report["results"]["entrocraft"] else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
