@@ -37,8 +37,8 @@ def make_step(rollouts: int, length: int) -> dict[str, Any]:
     taken_T = torch.where(torch.rand(T, generator=generator) < p_T, p_T, 1 - p_T)
     pair_2T = torch.stack([p_T, 1 - p_T])
     stats = TokenStats(
-        logprob_T=taken_T.log(), lse_T=torch.zeros(T), entropy_T=-(pair_2T * pair_2T.log()).sum(0), p2_T=pair_2T.square().sum(0),
-        p2logp_T=(pair_2T.square() * pair_2T.log()).sum(0),
+        logprob_T=taken_T.log(), lse_T=torch.zeros(T), entropy_T=-(pair_2T * pair_2T.log()).sum(0),
+        p2_T=pair_2T.square().sum(0), p2logp_T=(pair_2T.square() * pair_2T.log()).sum(0),
     )  # fmt: skip
     return {
         "step": 1,

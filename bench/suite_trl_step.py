@@ -183,7 +183,7 @@ def build(name: str, size: Size, device: str) -> tuple[Update, Any]:
 
 
 def measure(name: str, size: Size, device: str, rounds: int) -> dict[str, Any]:
-    """Loss and gradient norm of the first update, median seconds, and peak bytes of an update beyond weights and optimizer state."""
+    """Loss and gradient norm of the first update, median seconds, peak bytes beyond weights and optimizer."""
     update, model = build(name, size, device)
     loss, norm = update()
     watch = Stopwatch(device)

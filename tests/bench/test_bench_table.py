@@ -1,0 +1,124 @@
+"""`entrocraft bench`: tables, comparison, Markdown and figures of saved results; documents quote what files hold."""
+
+import json
+import re
+from pathlib import Path
+
+import matplotlib.image
+import pytest
+
+from entrocraft.train.bench_figure import floor_bytes, series
+from entrocraft.train.bench_table import as_markdown, baseline, cells, fits_h100, floors, load_results
+from entrocraft.train.cli import main
+
+ROOT = Path(__file__).parents[2]
+CPU = ROOT / "bench" / "results" / "head_cpu.json"
+
+
+def entry(rival: str, ms: float, **info):
+    known = {"rival": rival, "head": "qwen3_4b", "T": 2048, "H": 2560, "V": 151936, "job": "both", "data": "peaked"}
+    info = known | {"useful_products": 3, "gemm_tflops": 790.0, "moved_bytes": 10**9, "floor_ms": 6.05} | info
+    return {"name": rival, "group": f"qwen3_4b T={info['T']}", "stats": {"median": ms / 1e3}, "extra_info": info}
+
+
+@pytest.fixture
+def saved(tmp_path):
+    """Two sizes of two contenders on a GPU, as pytest-benchmark writes them."""
+    benchmarks = [
+        entry("entrocraft", 10, peak_bytes=2**28, errors={"logprob_mean": 3e-7}, repeats=True, share_of_gemm=0.8),
+        entry("eager_bf16", 20, peak_bytes=79 * 10**9, errors={"logprob_mean": 2e-2}, repeats=False),
+        entry("entrocraft", 40, T=8192, peak_bytes=2**28, floor_ms=24.2),
+        entry("eager_bf16", 80, T=8192, peak_bytes=2**32, floor_ms=24.4),
+    ]
+    machine = {"device": "a GPU", "capability": "9.0", "commit": "abc", "versions": {"torch": "2.13.0"}}
+    path = tmp_path / "head.json"
+    path.write_text(json.dumps({"machine_info": {"entrocraft": machine}, "benchmarks": benchmarks}))
+    return path
+
+
+def test_a_table_has_the_fastest_first_and_leaves_empty_columns_out(saved, capsys):
+    assert main(["bench", str(saved)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "a GPU; commit abc; torch 2.13.0"
+    head = next(i for i, line in enumerate(lines) if line == "qwen3_4b T=2048")
+    assert lines[head + 1].split("  ")[-1] == "same bits"
+    assert "cold ms" not in lines[head + 1]
+    assert lines[head + 2].split() == ["entrocraft", "10", "0.5", "256", "0.0034", "80%", "3.0e-07", "yes"]
+    assert lines[head + 3].split() == ["eager_bf16", "20", "1", "75,340", "1", "2.0e-02", "no"]
+    # 3 x 2 x 2048 x 2560 x 151936 operations at 790 TFLOP/s.
+    assert lines[head + 4] == "Floor: this machine 6.05 ms, H100 6.05 ms. Would not fit into 80 GB: eager_bf16."
+
+
+def test_floors_are_the_larger_of_operations_and_bytes(saved):
+    results = load_results(saved)
+    row = results.rows[0]
+    assert floors(row, results.machine)["H100"] == pytest.approx(3e3 * 2 * 2048 * 2560 * 151936 / 790e12)
+    row.info["moved_bytes"] = 10**11
+    assert floors(row, results.machine)["H100"] == pytest.approx(1e14 / 3.35e12)
+    assert "H100" not in floors(row, {"device": "cpu"})
+    assert fits_h100(row) is True
+    assert fits_h100(results.rows[1]) is False
+    assert floor_bytes(row) == 4 * 2560 * (2048 + 151936)
+
+
+def test_two_files_are_compared_where_they_have_something_in_common(saved, tmp_path, capsys):
+    report = json.loads(saved.read_text())
+    report["benchmarks"][0]["stats"]["median"] /= 4
+    report["benchmarks"][0]["extra_info"]["peak_bytes"] *= 2
+    report["benchmarks"].pop()
+    after = tmp_path / "after.json"
+    after.write_text(json.dumps(report))
+    assert main(["bench", str(saved), str(after)]) == 0
+    lines = [re.split(r"  +", line) for line in capsys.readouterr().out.splitlines()]
+    assert ["qwen3_4b T=2048", "entrocraft", "10", "2.5", "0.25", "256", "512", "2"] in lines
+    assert sum(line[0].startswith("qwen3_4b") for line in lines) == 3
+    assert main(["bench", str(saved), str(CPU)]) == 2
+    assert "have no benchmark in common" in capsys.readouterr().err
+
+
+def test_markdown_and_figures_are_written(saved, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert main(["bench", str(saved), "--out", str(out)]) == 0
+    markdown = (out / "table.md").read_text()
+    assert "| entrocraft | 10 | 0.5 | 256 |" in markdown
+    assert sum(line.startswith("|---") for line in markdown.splitlines()) == 2
+    picture = matplotlib.image.imread(out / "scaling.png")
+    assert min(picture.shape[:2]) > 200
+    assert picture[..., :3].std() > 0.05  # something is drawn
+    panels = series([load_results(saved)])
+    ((title, axis),) = panels
+    assert (title, axis) == ("both peaked, qwen3_4b V = 151,936", "T")
+    assert [row.info["T"] for row in panels[title, axis]["entrocraft"]] == [2048, 8192]
+
+
+def test_one_size_alone_is_drawn_as_bars(tmp_path):
+    assert main(["bench", str(CPU), "--out", str(tmp_path)]) == 0
+    assert matplotlib.image.imread(tmp_path / "scaling.png")[..., :3].std() > 0.05
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [("{", "is not JSON"), ("{}", "holds no benchmark"), ('{"benchmarks": []}', "pytest bench --benchmark-json=FILE")],
+)
+def test_a_file_without_benchmarks_is_an_error_with_a_way_out(text, message, tmp_path, capsys):
+    path = tmp_path / "x.json"
+    path.write_text(text)
+    assert main(["bench", str(path)]) == 2
+    assert message in capsys.readouterr().err
+    assert main(["bench", str(tmp_path / "absent.json")]) == 2
+
+
+def test_ratios_are_of_eager_and_of_the_first_without_it():
+    rows = load_results(CPU).rows
+    assert baseline(rows).rival == "eager_fp32"
+    assert baseline(rows[:2]).rival == "entrocraft"
+    assert {line[0]: line[2] for line in cells(rows)[1:]}["eager_fp32"] == "1"
+
+
+def test_the_table_of_the_readme_is_what_was_measured():
+    table = as_markdown(load_results(CPU))
+    for document in ("README.md", "docs/benchmarks.md"):
+        command = "entrocraft bench bench/results/head_cpu.json --markdown"
+        text = (ROOT / document).read_text()
+        assert command in text
+        assert table in text, f"put what `{command}` prints into {document}:\n{table}"

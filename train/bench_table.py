@@ -1,0 +1,247 @@
+"""`entrocraft bench`: saved benchmarks as tables. Reads what pytest-benchmark and bench/compare_head_cpu.py write."""
+
+import json
+import math
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+BASELINES = ("eager_fp32", "eager", "eager_bf16", "trl", "none")  # what ratios are of: the first that is there
+H100_BYTES_PER_S, H100_BYTES = 3.35e12, 80e9
+MIB = 1 << 20
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Row:
+    """One contender of one group."""
+
+    group: str
+    rival: str
+    seconds: float
+    """Median over its rounds."""
+    info: dict[str, Any] = field(default_factory=dict)
+    """What the benchmark recorded besides: errors, memory, rates."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Saved:
+    """A file of results."""
+
+    path: Path
+    machine: dict[str, Any]
+    rows: list[Row]
+
+    def groups(self) -> dict[str, list[Row]]:
+        """Rows by group, in the order of the file."""
+        found: dict[str, list[Row]] = {}
+        for row in self.rows:
+            found.setdefault(row.group, []).append(row)
+        return found
+
+
+def load_results(path: Path) -> Saved:
+    """Raises FileNotFoundError, and ValueError for a file that holds no benchmark, saying what writes one."""
+    try:
+        report = json.loads(path.read_text())
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} is not JSON: {error}") from None
+    found: Saved | None = None
+    if isinstance(report, dict) and "benchmarks" in report:
+        machine = report.get("machine_info", {})
+        rows = [
+            Row(
+                group=one.get("group") or one["name"],
+                rival=one["extra_info"].get("rival", one["name"]),
+                seconds=one["stats"]["median"],
+                info=one["extra_info"],
+            )
+            for one in report["benchmarks"]
+        ]
+        found = Saved(path=path, machine=machine.get("entrocraft", machine), rows=rows)
+    elif isinstance(report, dict) and "results" in report and "size" in report:
+        found = _head_on_a_cpu(path, report)
+    if found is None or not found.rows:
+        raise ValueError(
+            f"{path} holds no benchmark; expected a file written by `pytest bench --benchmark-json=FILE`, "
+            "bench/compare_head_cpu.py --out or bench/suite_trl_step.py --out"
+        )
+    return found
+
+
+def _head_on_a_cpu(path: Path, report: dict[str, Any]) -> Saved:
+    """bench/compare_head_cpu.py and bench/suite_trl_step.py: one group, each contender measured in its own process."""
+    size = {key: value for key, value in report["size"].items() if key != "dtype"}
+    rows = []
+    for name, one in report["results"].items():
+        if "seconds" in one:
+            taken = one["seconds"] if isinstance(one["seconds"], list) else [one["seconds"]]
+            info = {"peak_bytes": one.get("transient_bytes", one.get("peak_bytes")), **size}
+            info |= {"largest_batch": one["largest_batch"]} if "largest_batch" in one else {}
+            rows.append(Row(group=_words(size), rival=name, seconds=statistics.median(taken), info=info))
+    machine = {"device": report["machine"].get("cpu"), **report["machine"]}
+    return Saved(path=path, machine=machine, rows=rows)
+
+
+def _words(size: dict[str, Any]) -> str:
+    return " ".join(f"{key}={value:,}" if isinstance(value, int) else str(value) for key, value in size.items())
+
+
+def baseline(rows: list[Row]) -> Row:
+    """The row of a group that ratios are taken of."""
+    by_name = {row.rival: row for row in rows}
+    return next((by_name[name] for name in BASELINES if name in by_name), rows[0])
+
+
+def floors(row: Row, machine: dict[str, Any]) -> dict[str, float]:
+    """Milliseconds that nobody can go below: on this machine, and for a GPU on an H100 with the same matrix rate."""
+    found = {}
+    if "floor_ms" in row.info:
+        found["this machine"] = row.info["floor_ms"]
+    if "capability" in machine and {"useful_products", "T", "H", "V", "gemm_tflops"} <= set(row.info):
+        operations = row.info["useful_products"] * 2 * row.info["T"] * row.info["H"] * row.info["V"]
+        moved = row.info.get("moved_bytes", 0)
+        found["H100"] = max(1e-9 * operations / row.info["gemm_tflops"], 1e3 * moved / H100_BYTES_PER_S)
+    return found
+
+
+def fits_h100(row: Row) -> bool | None:
+    """Whether operands, gradients and what stands beside them at the peak fit into 80 GB; None: not known."""
+    if not {"T", "H", "V", "peak_bytes"} <= set(row.info):
+        return None
+    operands = 2 * row.info["H"] * (row.info["T"] + row.info["V"])
+    return 2 * operands + row.info["peak_bytes"] <= H100_BYTES
+
+
+def _short(value: float) -> str:
+    """Three digits that count, and whole numbers above 100."""
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def _ms(row: Row) -> str:
+    return _short(1e3 * row.seconds)
+
+
+def _mib(row: Row) -> str:
+    size = row.info.get("peak_bytes")
+    return "" if size is None else _short(size / MIB)
+
+
+def _ratio(value: float | None, base: float | None) -> str:
+    return f"{value / base:.3g}" if value is not None and base else ""
+
+
+def _number(key: str, text: Callable[[Any], str]) -> Callable[[Row, Row], str]:
+    def cell(row: Row, base: Row) -> str:
+        value = row.info.get(key, row.info.get("errors", {}).get(key))
+        return "" if value is None or (isinstance(value, float) and math.isnan(value)) else text(value)
+
+    return cell
+
+
+COLUMNS: dict[str, Callable[[Row, Row], str]] = {
+    "ms": lambda row, base: _ms(row),
+    "ratio": lambda row, base: _ratio(row.seconds, base.seconds),
+    "cold ms": _number("cold_ms", _short),
+    "MiB": lambda row, base: _mib(row),
+    "ratio of MiB": lambda row, base: _ratio(row.info.get("peak_bytes"), base.info.get("peak_bytes")),
+    "useful TFLOP/s": _number("useful_tflops", "{:.3g}".format),
+    "executed": _number("executed_tflops", "{:.3g}".format),
+    "of GEMM": _number("share_of_gemm", "{:.0%}".format),
+    "GB/s": _number("gbs", "{:.3g}".format),
+    "log p error": _number("logprob_mean", "{:.1e}".format),
+    "max": _number("logprob_max", "{:.1e}".format),
+    "H error": _number("entropy_mean", "{:.1e}".format),
+    "dX error": _number("hidden_grad", "{:.1e}".format),
+    "dW error": _number("weight_grad", "{:.1e}".format),
+    "same bits": _number("repeats", lambda same: "yes" if same else "no"),
+    "largest batch": _number("largest_batch", str),
+}
+
+
+def cells(rows: list[Row]) -> list[list[str]]:
+    """A head line and a line a contender, fastest first; a column that nobody fills is left out."""
+    base = baseline(rows)
+    ordered = sorted(rows, key=lambda row: row.seconds)
+    made = {name: [cell(row, base) for row in ordered] for name, cell in COLUMNS.items()}
+    kept = {name: column for name, column in made.items() if any(column)}
+    return [
+        ["", *kept],
+        *([row.rival, *line] for row, line in zip(ordered, zip(*kept.values(), strict=True), strict=True)),
+    ]
+
+
+def _below(rows: list[Row], machine: dict[str, Any]) -> str:
+    """Floors, and who does not fit an H100."""
+    texts = [f"{name} {ms:.3g} ms" for name, ms in floors(rows[0], machine).items()]
+    line = f"Floor: {', '.join(texts)}." if texts else ""
+    large = [row.rival for row in rows if "capability" in machine and fits_h100(row) is False]
+    return line + (f" Would not fit into 80 GB: {', '.join(large)}." if large else "")
+
+
+def about(saved: Saved) -> str:
+    """Machine, commit and versions, in a line."""
+    machine = saved.machine
+    versions = ", ".join(f"{name} {version}" for name, version in machine.get("versions", {}).items())
+    where = [str(machine.get("device") or "an unknown device")]
+    where += [f"{machine[key]} {key}" for key in ("cores", "threads") if machine.get(key)]
+    return f"{', '.join(where)}; commit {machine.get('commit') or 'unknown'}; {versions or 'versions unknown'}"
+
+
+def _aligned(lines: list[list[str]], left: int) -> list[str]:
+    """Columns of one width, the first `left` of them flush left."""
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    sides = [str.ljust if i < left else str.rjust for i in range(len(widths))]
+    return ["  ".join(side(*one) for side, *one in zip(sides, line, widths, strict=True)).rstrip() for line in lines]
+
+
+def as_text(saved: Saved) -> str:
+    """Every group as aligned columns."""
+    parts = [about(saved)]
+    for group, rows in saved.groups().items():
+        parts.append("\n".join([group, *_aligned(cells(rows), 1), _below(rows, saved.machine)]).rstrip())
+    return "\n\n".join(parts)
+
+
+def as_markdown(saved: Saved) -> str:
+    """Every group as a Markdown table, with what it was measured on."""
+    parts = []
+    for group, rows in saved.groups().items():
+        lines = cells(rows)
+        lines[0][0] = group
+        table = ["| " + " | ".join(line) + " |" for line in lines]
+        table.insert(1, "|---" * len(lines[0]) + "|")
+        below = _below(rows, saved.machine)
+        parts.append("\n".join(table) + (f"\n\n{below}" if below else ""))
+    return "\n\n".join([*parts, f"Measured on {about(saved)}."])
+
+
+def as_comparison(before: Saved, after: Saved) -> str:
+    """Groups and contenders that both files have: milliseconds, memory and their ratios, after over before."""
+    there = {(row.group, row.rival): row for row in before.rows}
+    lines = [["", "", "ms before", "after", "ratio", "MiB before", "after", "ratio"]]
+    for row in after.rows:
+        old = there.get((row.group, row.rival))
+        if old is not None:
+            times = [_ms(old), _ms(row), _ratio(row.seconds, old.seconds)]
+            sizes = [_mib(old), _mib(row), _ratio(row.info.get("peak_bytes"), old.info.get("peak_bytes"))]
+            lines.append([row.group, row.rival, *times, *sizes])
+    if len(lines) == 1:
+        raise ValueError(f"{before.path} and {after.path} have no benchmark in common")
+    return "\n".join([f"before: {about(before)}", f"after:  {about(after)}", "", *_aligned(lines, 2)])
+
+
+def write_tables(paths: Sequence[Path], out: Path | None, *, markdown: bool = False) -> str:
+    """What the command prints: a table of one file, a comparison of two; with `out` also table.md and scaling.png."""
+    saved = [load_results(path) for path in paths]
+    shape = as_markdown if markdown else as_text
+    text = as_comparison(*saved) if len(saved) == 2 else shape(saved[0])
+    if out is not None:
+        from entrocraft.train.bench_figure import draw
+
+        out.mkdir(parents=True, exist_ok=True)
+        (out / "table.md").write_text((as_markdown(saved[0]) if len(saved) == 1 else f"```\n{text}\n```") + "\n")
+        draw(saved, out / "scaling.png")
+        text += f"\n\n{out / 'table.md'}\n{out / 'scaling.png'}"
+    return text
