@@ -15,7 +15,7 @@ sys.path[:] = [path for path in sys.path if Path(path or ".").resolve() != BENCH
 if str(BENCH) not in sys.path:  # its files import each other by name
     sys.path.insert(0, str(BENCH))
 
-from suite_cases import DATA, HEADS, JOBS  # noqa: E402
+from suite_cases import DATA, DTYPE, HEADS, JOBS  # noqa: E402
 from suite_contest import machine_rates  # noqa: E402
 from suite_machine import machine  # noqa: E402
 
@@ -45,7 +45,7 @@ def rates(request: pytest.FixtureRequest) -> dict[tuple[int, ...], dict[str, flo
 
     class Rates(dict[tuple[int, ...], dict[str, float]]):
         def __missing__(self, shape: tuple[int, ...]) -> dict[str, float]:
-            self[shape] = machine_rates(device, torch.bfloat16, *shape)
+            self[shape] = machine_rates(device, DTYPE, *shape)
             return self[shape]
 
     return Rates()

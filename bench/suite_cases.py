@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -23,6 +24,8 @@ HEADS = {
     "llama3_70b": (8_192, 128_256),
 }
 DATA = ("peaked", "random")
+# Triton's interpreter multiplies the raw bits of bf16 numbers; fp32 is what it gets right.
+DTYPE = torch.float32 if os.environ.get("TRITON_INTERPRET") == "1" else torch.bfloat16
 TOP_LOGIT, MARGIN = 25.0, 3.0  # nats: the peak's logit, and how far the noise's log-sum-exp stays below it
 
 
@@ -90,7 +93,7 @@ class Operands(NamedTuple):
     temperature_T: Tensor | None
 
 
-def make_operands(shape: Shape, job: Job, data: str, *, device: str, dtype: torch.dtype = torch.bfloat16) -> Operands:
+def make_operands(shape: Shape, job: Job, data: str, *, device: str, dtype: torch.dtype = DTYPE) -> Operands:
     """The same for the same arguments.
 
     peaked: weight ~ N(0, 1/H), hidden = 25 weight[y] + noise, whose spread puts the log-sum-exp of all other tokens

@@ -1,0 +1,172 @@
+"""The stages of gpu_suite.sh: each a process of its own, written down as it ends, the most telling first."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+BENCH = Path(__file__).resolve().parent
+MINUTES = 8.0
+LEAST_S = 15.0  # a stage that has less is not begun
+
+
+@dataclass(frozen=True, slots=True)
+class Stage:
+    """One process: a script of bench/ with its arguments, or a file of benchmarks with options of pytest."""
+
+    name: str
+    script: str
+    arguments: tuple[str, ...]
+    most_s: float = 120.0
+
+    def command(self, out: Path) -> list[str]:
+        """What to run; benchmarks write NAME.json, scripts write into the folder NAME or to NAME.json."""
+        if self.script.startswith("bench_"):
+            options = ["-q", "-rs", "--tb=line", "-p", "no:cacheprovider", f"--benchmark-json={out / self.name}.json"]
+            return [sys.executable, "-P", "-m", "pytest", str(BENCH / self.script), *options, *self.arguments]
+        place = out / self.name if self.script == "measure_head.py" else out / f"{self.name}.json"
+        return [sys.executable, str(BENCH / self.script), "--out", str(place), *self.arguments]
+
+
+def head(name: str, arguments: str, most_s: float = 120.0) -> Stage:
+    """A stage of bench_linear_logprob.py."""
+    return Stage(name, "bench_linear_logprob.py", tuple(arguments.split()), most_s)
+
+
+def quick() -> list[Stage]:
+    """Eight minutes."""
+    ten, large = "--bench-rounds 10", "--heads qwen3_4b --tokens 16384"
+    return [
+        Stage("correctness", "measure_head.py", ("--shapes", "qwen3_4b", "--sections", "correctness", "repeatability")),
+        head("both", f"{large} --jobs both --data peaked {ten}"),
+        head("statistics", f"{large} --jobs statistics --data peaked {ten}"),
+        Stage("policy_loss", "bench_policy_loss.py", tuple(f"{large} {ten}".split())),
+        Stage("profile", "suite_profile.py", ("--head", "qwen3_4b", "--tokens", "16384"), 60.0),
+        head("rows_and_frozen", f"{large} --jobs tenth_live half_zero frozen --data peaked {ten} --rivals entrocraft "
+             "entrocraft_cache entrocraft_policy_loss trl_chunked liger_scaled_ce cce verl_triton eager_bf16"),
+        head("llama31_8b", f"--heads llama31_8b --tokens 16384 --jobs both --data peaked {ten}"),
+        head("ragged_gpt_oss", f"--heads gpt_oss --tokens 3328 --jobs both row_temperature --data peaked {ten}"),
+        head("random", f"{large} --jobs logprob mean_loss --data random {ten}"),
+        Stage("logits", "bench_logits_logprob.py", tuple(f"--heads qwen3_4b --tokens 8192 {ten}".split())),
+        Stage("speed", "measure_head.py", ("--shapes", "llama31_8b", "--sections", "speed", "zero_rows", "memory")),
+    ]  # fmt: skip
+
+
+def long() -> list[Stage]:
+    """The quick stages, then the matrix: every head, T of 2,048 to 131,072, ragged ones, both data, scaling."""
+    stages, thirty = quick(), "--bench-rounds 30 --data peaked random"
+    for name in ("qwen3_4b", "qwen3_8b", "llama31_8b", "gemma3_4b", "gpt_oss", "llama3_70b"):
+        for tokens in ("2048 3328 8192", "16385", "32768", "131072"):
+            stages.append(head(f"{name}_{tokens.split()[-1]}", f"--heads {name} --tokens {tokens} {thirty}", 3600.0))
+    sizes = "--tokens 2048 8192 32768 --vocab 32768 65536 131072 262144"
+    stages.append(head("scaling", f"--heads qwen3_4b {sizes} --jobs both statistics --data peaked", 3600.0))
+    step = "--head qwen3_4b --layers 4 --prompt 128 --response 512 --rollouts 64 --microbatch 16 --largest"
+    stages.append(Stage("step_against_trl", "suite_trl_step.py", tuple(step.split()), 1800.0))
+    every = ("--sections", "tiles", "sanitizer", "profile", "speed", "zero_rows", "memory")
+    return [*stages, Stage("measure_head", "measure_head.py", every, 1800.0)]
+
+
+def smoke() -> list[Stage]:
+    """The smallest rows, in Triton's interpreter."""
+    small = "--device cpu --heads tiny --tokens 16 --vocab 300 --bench-rounds 2"
+    return [
+        head("both", f"{small} --jobs both statistics --data peaked --rivals entrocraft eager_fp32"),
+        Stage("policy_loss", "bench_policy_loss.py", tuple(small.replace("16", "32").split())),
+        Stage("profile", "suite_profile.py", tuple(["--device", "cpu", "--head", "tiny", "--tokens", "16"])),
+    ]
+
+
+def environment(out: Path, smoke: bool) -> dict[str, Any]:
+    """Machine and driver, into environment.json."""
+    from suite_machine import machine
+
+    found = machine("cpu" if smoke else "cuda")
+    if shutil.which("nvidia-smi"):
+        query = "name,driver_version,power.limit,clocks.max.sm,clocks.max.mem,temperature.gpu"
+        command = ["nvidia-smi", f"--query-gpu={query}", "--format=csv"]
+        found["nvidia_smi"] = subprocess.run(command, capture_output=True, text=True).stdout.splitlines()
+    (out / "environment.json").write_text(json.dumps(found, indent=1) + "\n")
+    return found
+
+
+def run_stage(stage: Stage, out: Path, seconds: float) -> dict[str, Any]:
+    """Runs it for so long at most; its output goes to NAME.log."""
+    started = time.monotonic()
+    with (out / f"{stage.name}.log").open("w") as log:
+        try:
+            code: int | None = subprocess.run(
+                stage.command(out), stdout=log, stderr=subprocess.STDOUT, timeout=seconds
+            ).returncode
+        except subprocess.TimeoutExpired:
+            code = None
+    took = round(time.monotonic() - started, 1)
+    said = {0: "done", None: f"cut off after {seconds:.0f} s"}.get(
+        code, f"failed, exit status {code}: {stage.name}.log"
+    )
+    return {"stage": stage.name, "result": said, "seconds": took, "command": " ".join(stage.command(Path("OUT"))[1:])}
+
+
+def write_report(out: Path, found: dict[str, Any], stages: list[dict[str, Any]]) -> None:
+    """report.md and stages.json of what there is so far."""
+    from entrocraft.train.bench_table import as_markdown, load_results
+
+    (out / "stages.json").write_text(json.dumps(stages, indent=1) + "\n")
+    lines = [f"# {found['device']}, commit {found['commit']}", "", "| stage | result | seconds |", "|---|---|---|"]
+    lines += [f"| {one['stage']} | {one['result']} | {one['seconds']} |" for one in stages]
+    for one in stages:
+        name = one["stage"]
+        lines += ["", f"## {name}", "", f"`{one['command'].replace(str(BENCH.parent) + '/', '')}`", ""]
+        try:
+            lines.append(as_markdown(load_results(out / f"{name}.json")))
+        except (ValueError, FileNotFoundError):
+            inner = out / name / "measure_head.md"
+            log = "\n".join((out / f"{name}.log").read_text().splitlines()[-100:])
+            lines.append(inner.read_text() if inner.is_file() else f"```\n{log}\n```")
+        skipped = [line for line in (out / f"{name}.log").read_text().splitlines() if line.startswith("SKIPPED")]
+        lines += ["", *(f"- {line.partition(': ')[2]}" for line in dict.fromkeys(skipped))]
+    (out / "report.md").write_text("\n".join(lines) + "\n")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the stages that there is time for; 1 if one failed, 2 if there is no GPU."""
+    parser = argparse.ArgumentParser(prog="gpu_suite.sh", description=__doc__)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--long", action="store_true", help="the whole matrix: hours")
+    parser.add_argument("--smoke", action="store_true", help="the smallest rows, interpreted, without a GPU")
+    parser.add_argument("--minutes", type=float, help=f"most that it may take (default: {MINUTES:g}; --long: no limit)")
+    parser.add_argument("--only", nargs="+", metavar="STAGE", help="these stages alone")
+    given = parser.parse_args(arguments)
+    if given.smoke:
+        os.environ["TRITON_INTERPRET"] = "1"
+    import torch
+
+    if not given.smoke and not torch.cuda.is_available():
+        print("gpu_suite.sh: torch sees no GPU here; --smoke runs the smallest rows without one", file=sys.stderr)
+        return 2
+    given.out.mkdir(parents=True, exist_ok=True)
+    ends = time.monotonic() + 60 * (given.minutes or (1e6 if given.long else MINUTES))
+    found, done = environment(given.out, given.smoke), []
+    stages = smoke() if given.smoke else long() if given.long else quick()
+    for stage in stages:
+        left = ends - time.monotonic()
+        if given.only and stage.name not in given.only:
+            continue
+        if left < LEAST_S:
+            print(f"{stage.name}: no time left", flush=True)
+            continue
+        done.append(run_stage(stage, given.out, min(left, stage.most_s)))
+        print(f"{stage.name}: {done[-1]['result']} ({done[-1]['seconds']} s)", flush=True)
+        write_report(given.out, found, done)
+    return int(any(one["result"].startswith("failed") for one in done))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
