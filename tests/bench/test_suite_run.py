@@ -89,3 +89,36 @@ def test_a_rival_that_should_run_and_does_not_fails(tmp_path):
             os.environ["PYTHONPATH"] = before
     assert run.returncode == 1
     assert "trl_chunked: trl is not installed" in run.stdout
+
+
+@pytest.mark.slow
+def test_the_other_benchmarks_run_and_nobody_is_left_out(tmp_path):
+    out = tmp_path / "rest.json"
+    files = [BENCH / f"bench_{name}.py" for name in ("logits_logprob", "policy_loss", "scoring", "rejection")]
+    small = ("--heads", "tiny", "--tokens", 64, "--device", "cpu", "--bench-rounds", 2)
+    run = run_bench("bench_train_step.py", *files, *small, f"--benchmark-json={out}")
+    assert run.returncode == 0, run.stdout + run.stderr
+    assert "skipped" not in run.stdout
+    found = {
+        (one["group"].split(" tiny")[0], one["extra_info"]["rival"]): one
+        for one in json.loads(out.read_text())["benchmarks"]
+    }
+    rivals = {
+        "logits": {"entrocraft", "eager", "torch_compile", "trl"},
+        "policy loss": {"entrocraft_policy_loss", "entrocraft_two_steps", "eager_fp32", "eager_bf16", "trl_chunked",
+                        "liger_chunked_grpo"},
+        "scoring": {"entrocraft", "eager", "trl_rows", "trl_chunked"},
+        "train step": {"entrocraft", "trl"},
+        "decision R=512 L=256": {"none", "hard", "soft", "first_order", "budget"},
+    }  # fmt: skip
+    for group, names in rivals.items():
+        assert {rival for name, rival in found if name == group} == names
+    for (group, rival), one in found.items():
+        assert one["stats"]["rounds"] == 2, (group, rival)
+        assert all(0 <= error < 1 for error in one["extra_info"]["errors"].values()), (group, rival)
+    scores = [
+        found["scoring", name]["extra_info"]["errors"]["logprob_mean"] for name in ("entrocraft", "eager", "trl_rows")
+    ]
+    assert scores[0] < 1e-5 < scores[1] < scores[2]
+    assert found["policy loss", "entrocraft_policy_loss"]["extra_info"]["errors"]["weight_grad"] < 5e-3
+    assert found["policy loss", "eager_bf16"]["extra_info"]["errors"]["weight_grad"] > 5e-3
