@@ -72,6 +72,7 @@ def test_a_stage_that_takes_too_long_is_cut_off_and_the_report_goes_on(tmp_path,
     assert json.loads((tmp_path / "stages.json").read_text()) == done
 
 
+@pytest.mark.slow
 def test_every_script_takes_its_stage_s_arguments(tmp_path):
     """pytest collects, the others print their help."""
     scripts = {stage.script: stage for stage in long()}

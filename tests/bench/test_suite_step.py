@@ -1,4 +1,4 @@
-"""A whole update in TRL's trainer and in ours: the same loss and gradient as plain fp64 torch; the search for a batch."""
+"""A whole update in TRL's trainer and in ours: loss and gradient of plain fp64 torch; the largest batch."""
 
 import json
 import subprocess
@@ -52,6 +52,7 @@ def test_the_largest_batch_is_found_to_one_part_in_eight(room, monkeypatch):
     assert len(tried) < 16
 
 
+@pytest.mark.slow
 def test_the_script_measures_in_a_process_of_its_own_and_says_why_not(tmp_path):
     arguments = [f"--{name}={value}" for name, value in SIZE._asdict().items()]
     command = [sys.executable, BENCH / "suite_trl_step.py", "--device", "cpu", "--rounds", 1, *arguments]
