@@ -11,7 +11,7 @@ import importlib
 import importlib.metadata
 import importlib.util
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -86,8 +86,8 @@ class Rival:
         """Of the package it comes from; torch's where there is none."""
         for package in self.packages or ("torch",):
             top = package.partition(".")[0]
-            for name in importlib.metadata.packages_distributions().get(top, [top]):
-                return f"{name} {importlib.metadata.version(name)}"
+            name = _distributions().get(top, [top])[0]
+            return f"{name} {importlib.metadata.version(name)}"
         raise AssertionError("a rival without a package")
 
     def products(self, job: Job) -> float:
@@ -96,6 +96,12 @@ class Rival:
             return 1.0
         gradients = job.gradients if self.honours_frozen else 2
         return 1.0 + (gradients + self.recomputes) * (1.0 - job.zero_rows if self.skips_rows else 1.0)
+
+
+@functools.cache
+def _distributions() -> Mapping[str, list[str]]:
+    """Distributions by the name they are imported by; slow to list."""
+    return importlib.metadata.packages_distributions()
 
 
 def load(name: str) -> object:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import statistics
 import time
 import warnings
@@ -182,17 +183,20 @@ def compete(contenders: dict[str, Contender], device: str, rounds: int) -> dict[
         try:
             first = one.thunk()  # compiles, warms up
             errors, repeats = one.errors(first), same_bits(first, one.thunk())
+            del first  # its gradients are not to stand beside those of the next
             wrong = complaint(name, errors, one.bounds)
             if wrong is None:
                 peak = watch.peak_bytes(one.thunk)
                 infos[name] = {"settings": one.settings, "errors": errors, "repeats": repeats, "peak_bytes": peak}
         except torch.OutOfMemoryError:
             wrong = f"{name} does not fit into this machine's memory"
-            torch.cuda.empty_cache()
         except ImportError as error:
             wrong = f"{name} cannot be imported: {error}"
         if wrong is not None:
             found[name] = wrong
+        if watch.gpu:  # only here, when no traceback holds the frames of a call that did not fit any more
+            gc.collect()
+            torch.cuda.empty_cache()
     thunks = {name: contenders[name].thunk for name in infos}
     warm = watch.interleaved(thunks, rounds)
     cold = watch.interleaved(thunks, max(1, rounds // 3), cold=True)
