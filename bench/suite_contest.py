@@ -173,6 +173,15 @@ def complaint(name: str, errors: dict[str, float], bounds: dict[str, float]) -> 
     return f"{name} is wrong and is not timed: {', '.join(wrong)}" if wrong else None
 
 
+def _checked(one: Contender) -> tuple[dict[str, float], bool]:
+    """Errors of a first call, which also compiles and warms up, and whether a second gives the same bits.
+
+    A function, so that no gradient outlives it to stand beside those of the next contender.
+    """
+    first = one.thunk()
+    return one.errors(first), same_bits(first, one.thunk())
+
+
 def compete(contenders: dict[str, Contender], device: str, rounds: int) -> dict[str, Measured | str]:
     """Checks all, then times those that are right, in interleaved rounds with warm caches and a third as many with
     cold ones; says of the others why they were not timed."""
@@ -181,9 +190,7 @@ def compete(contenders: dict[str, Contender], device: str, rounds: int) -> dict[
     infos: dict[str, dict[str, Any]] = {}
     for name, one in contenders.items():
         try:
-            first = one.thunk()  # compiles, warms up
-            errors, repeats = one.errors(first), same_bits(first, one.thunk())
-            del first  # its gradients are not to stand beside those of the next
+            errors, repeats = _checked(one)
             wrong = complaint(name, errors, one.bounds)
             if wrong is None:
                 peak = watch.peak_bytes(one.thunk)
