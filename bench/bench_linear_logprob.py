@@ -30,7 +30,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     wanted = config.getoption("rivals")
     for head, shape in shapes(*map(config.getoption, ("heads", "tokens", "vocab"))):
         for job_name in config.getoption("jobs"):
-            kinds = config.getoption("data") or ("peaked", *(["random"] if job_name in ("statistics", "both") else []))
+            kinds = config.getoption("data") or ("peaked", *(["random"] if job_name == "both" else []))
             for data in kinds:
                 for rival in all_rivals():
                     if rival.does(job_name, JOBS[job_name]) and (wanted is None or rival.name in wanted):

@@ -28,7 +28,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--tokens", nargs="+", type=int, default=[256], help="T; 16385 is a ragged one")
     group.addoption("--vocab", nargs="+", type=int, default=[], help="V instead of the head's, for scaling")
     group.addoption("--jobs", nargs="+", choices=list(JOBS), default=list(JOBS))
-    group.addoption("--data", nargs="+", choices=DATA, default=None, help="default: peaked; random for two jobs")
+    group.addoption("--data", nargs="+", choices=DATA, default=None, help="default: peaked; for `both` random too")
     group.addoption("--rivals", nargs="+", default=None, help="names; default: all")
     group.addoption("--bench-rounds", type=int, default=5, help="timed rounds, interleaved; 30 on a GPU")
 
