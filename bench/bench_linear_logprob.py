@@ -24,7 +24,8 @@ from suite_errors import Truth, bounds
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """A benchmark for each head, T, job, kind of data and contender that does the job."""
-    config, cases, names = metafunc.config, [], []
+    config: Any = metafunc.config
+    cases, names = [], []
     if "contender" not in metafunc.fixturenames:
         return
     wanted = config.getoption("rivals")
@@ -45,7 +46,7 @@ def bench_linear_logprob(
     head: str, shape: Shape, job_name: str, data: str, contender: Rival,
 ) -> None:  # fmt: skip
     """One contender's rounds, measured beside all others of its group."""
-    config = request.config
+    config: Any = request.config
     device = config.getoption("device")
     reason = contender.why_not(shape.H, shape.V, device)
     if reason is not None:

@@ -99,7 +99,8 @@ def group(shape: Shape, device: str, rounds: int) -> dict[str, Measured | str]:
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """A benchmark for each head, T and contender."""
-    sizes = shapes(*map(metafunc.config.getoption, ("heads", "tokens", "vocab")))
+    config: Any = metafunc.config
+    sizes = shapes(*map(config.getoption, ("heads", "tokens", "vocab")))
     cases = [(head, shape, name) for head, shape in sizes for name in CALLS]
     ids = [f"{head}-T{shape.T}-V{shape.V}-{name}" for head, shape, name in cases]
     metafunc.parametrize(("head", "shape", "name"), cases, ids=ids)
@@ -110,8 +111,9 @@ def bench_logits_logprob(
     request: pytest.FixtureRequest, benchmark: Any, rates: Any, head: str, shape: Shape, name: str
 ) -> None:
     """Forward and backward of log-probability and entropy, from bf16 logits."""
-    device = request.config.getoption("device")
-    found = group(shape, device, 1 if benchmark.disabled else request.config.getoption("bench_rounds"))
+    config: Any = request.config
+    device = config.getoption("device")
+    found = group(shape, device, 1 if benchmark.disabled else config.getoption("bench_rounds"))
     if name not in found:
         (pytest.fail if device == "cpu" else pytest.skip)(f"{CALLS[name][2]} is not installed")
     benchmark.group = f"logits {head} T={shape.T} V={shape.V}"

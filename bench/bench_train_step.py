@@ -64,10 +64,11 @@ def _known(errors: dict[str, float], made: None) -> dict[str, float]:
 @pytest.mark.parametrize("name", ["entrocraft", "trl"])
 def bench_train_step(request: pytest.FixtureRequest, benchmark: Any, name: str) -> None:
     """One update of eight rollouts: forward, backward, clipping, AdamW."""
-    device = request.config.getoption("device")
+    config: Any = request.config
+    device = config.getoption("device")
     if device == "cuda":
         pytest.importorskip("transformers")
         pytest.importorskip("trl")
-    found = group(device, 1 if benchmark.disabled else request.config.getoption("bench_rounds"))
+    found = group(device, 1 if benchmark.disabled else config.getoption("bench_rounds"))
     benchmark.group = "train step"
     record(benchmark, found[name], job="train_step", data="random model", repeats=None, **SIZE._asdict())

@@ -41,7 +41,7 @@ def pytest_configure(config: pytest.Config) -> None:
 @pytest.fixture(scope="session")
 def rates(request: pytest.FixtureRequest) -> dict[tuple[int, ...], dict[str, float]]:
     """What this machine gives for a shape, measured once a session: `machine_rates`."""
-    device = request.config.getoption("device")
+    device: Any = request.config.getoption("device")
 
     class Rates(dict[tuple[int, ...], dict[str, float]]):
         def __missing__(self, shape: tuple[int, ...]) -> dict[str, float]:
@@ -54,7 +54,7 @@ def rates(request: pytest.FixtureRequest) -> dict[tuple[int, ...], dict[str, flo
 def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: dict[str, Any]) -> None:
     """Device, memory, commit and versions; no name of the host."""
     machine_info.pop("node", None)
-    machine_info["entrocraft"] = machine(config.getoption("device"))
+    machine_info["entrocraft"] = machine(str(config.getoption("device")))
 
 
 @pytest.fixture(autouse=True)

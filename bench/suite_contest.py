@@ -99,7 +99,7 @@ def _peak_bytes_cpu(thunk: Thunk) -> int:
             kept = thunk()
     assert profile.profiler is not None
     assert profile.profiler.kineto_results is not None
-    events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
+    events: list[Any] = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
     now = highest = 0
     for event in sorted(events, key=lambda event: event.start_ns()):
         now += event.nbytes()

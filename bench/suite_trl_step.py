@@ -61,7 +61,8 @@ def make_model(size: Size, device: str) -> Any:
         pad_token_id=0, eos_token_id=1,
     )  # fmt: skip
     torch.manual_seed(0)
-    return Qwen3ForCausalLM(config).to(device, torch.bfloat16 if device == "cuda" else torch.float32)
+    model: Any = Qwen3ForCausalLM(config)
+    return model.to(device, torch.bfloat16 if device == "cuda" else torch.float32)
 
 
 def make_rollouts(size: Size) -> tuple[Any, Tensor]:

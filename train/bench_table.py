@@ -193,7 +193,8 @@ def _aligned(lines: list[list[str]], left: int) -> list[str]:
     """Columns of one width, the first `left` of them flush left."""
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     sides = [str.ljust if i < left else str.rjust for i in range(len(widths))]
-    return ["  ".join(side(*one) for side, *one in zip(sides, line, widths, strict=True)).rstrip() for line in lines]
+    rows = [zip(sides, line, widths, strict=True) for line in lines]
+    return ["  ".join(side(cell, width) for side, cell, width in row).rstrip() for row in rows]
 
 
 def as_text(saved: Saved) -> str:
