@@ -384,7 +384,7 @@ class Config:
     device: str = "auto"
     """`cpu`, `cuda`, or `auto`: CUDA where there is one."""
     model: ModelConfig = ModelConfig()
-    parallel: ParallelConfig = ParallelConfig()
+    parallel: ParallelConfig = ParallelConfig()  # noqa: RUF009 (it is frozen)
     data: DataConfig = DataConfig()
     batch: BatchConfig = BatchConfig()
     sampling: SamplingConfig = SamplingConfig()

@@ -104,11 +104,13 @@ class Ranks:
             return
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         limit = timedelta(seconds=timeout_s)
-        store = dist.HashStore() if "MASTER_ADDR" not in os.environ else None
+        # Outside torchrun there is no other process to meet: a store in memory will do.
+        store = None if "MASTER_ADDR" in os.environ else dist.HashStore()  # pyright: ignore[reportPrivateImportUsage]
         place = {} if store is None else {"store": store, "rank": rank, "world_size": size}
         dist.init_process_group(backend, timeout=limit, **place)
         try:
-            yield Ranks(rank, size, dist.new_group(backend="gloo", timeout=limit) if size > 1 else None)
+            host: Any = dist.new_group(backend="gloo", timeout=limit) if size > 1 else None
+            yield Ranks(rank, size, host)
         finally:
             dist.destroy_process_group()
 

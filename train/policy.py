@@ -171,8 +171,9 @@ class Policy:
         self.model.eval()
         mine = balanced(sequence_lengths(rollouts, range(rollouts.R)), self.ranks.size)[self.ranks.rank]
         batches = pack(rollouts, mine, tokens_per_microbatch)
+        most = self.ranks.largest(len(batches))  # asked before any runs: a rank that runs waits for the others
         parts = [self.token_stats(batch, rollouts.token_T, collision=True).to("cpu") for batch in batches]
-        for _ in range(len(batches), self.ranks.largest(len(batches))):
+        for _ in range(len(batches), most):
             self.idle()
         own = {name: torch.cat([getattr(part, name) for part in parts]) for name in parts[0].as_dict()} if parts else {}
         own_token = torch.cat([batch.token_N for batch in batches]) if batches else torch.zeros(0, dtype=torch.int64)

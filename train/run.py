@@ -33,7 +33,10 @@ from entrocraft.train.step import Learning
 SAMPLE, EVALUATE = 1, 2
 
 # Settings that may change when a run goes on: they decide how long, how often and where, not what a step computes.
-_FREE_ON_RESUME = ("run_dir", "resume", "checkpoint.", "evaluation.", "reward.workers")
+_FREE_ON_RESUME = (
+    *("run_dir", "resume", "checkpoint.", "evaluation.", "reward.workers"),
+    *(f"parallel.{name}" for name in ("shard_ranks", "reshard_after_forward", "cpu_offload", "timeout_s")),
+)
 
 
 def load_prompts(path: str, policy: Policy, config: Config) -> tuple[list[Problem], list[tuple[int, ...]], int]:

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
-from transformers.generation import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+from transformers.generation.logits_process import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from entrocraft import Rollouts
 from entrocraft.train.config import SamplingConfig
@@ -186,7 +186,7 @@ class _Draw(LogitsProcessor):
         self.group = group
         self.version = version
 
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+    def __call__(self, input_ids: Any, scores: Any) -> Any:
         """scores [R, V] of the next token, perturbed. Raises NonFiniteError where they are no numbers."""
         if not bool(torch.isfinite(scores.amax(1)).all()):  # NaN, or nothing possible
             raise NonFiniteError(

@@ -1,10 +1,10 @@
-"""FSDP2 over the policy: which modules are gathered together, how gradients are summed, clipped, and weights read whole.
+"""FSDP2 over the policy: what is gathered together, how gradients are summed and clipped, how weights are read whole.
 
 Every block is a group of its own. A tied head shares its weight with the embedding, so both stay in the root's group:
 wrapped apart, torch refuses them or, before 2.13, each would have updated half of the gradient. An untied embedding and
 head are groups of their own. The head's weight is used by the fused op and never by `head.forward`, so the methods
-that use it are registered with FSDP as forward methods (`policy.py`); read at any other time it is a DTensor, and the op
-refuses that instead of failing inside a matrix product.
+that use it are registered with FSDP as forward methods (`policy.py`); read at any other time it is a DTensor, and the
+op refuses that instead of failing inside a matrix product.
 
 Gradients are summed over ranks, not averaged: the loss is already normalised by counts of the whole batch.
 """

@@ -81,8 +81,11 @@ class SpreadEngine:
         return join([part for part in self.ranks.gather(rollouts) if part is not None])
 
 
-class SpreadPool:
-    """A reward pool on every rank: each grades its share of the completions, and `score` gives all verdicts to all."""
+class SpreadPool(RewardPool):
+    """A reward pool on every rank: each grades its share of the completions, and `score` gives all verdicts to all.
+
+    pool: this rank's own, whose life it leaves to its owner.
+    """
 
     def __init__(self, pool: RewardPool, ranks: Ranks) -> None:
         self.pool = pool

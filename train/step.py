@@ -113,7 +113,8 @@ def make_share(
     return Share(rollouts=part, objective=objective)
 
 
-_SUMS = ("loss", "tokens", "low", "high", "dual", "kl")
+def _zeros() -> dict[str, float]:
+    return dict.fromkeys(("loss", "tokens", "low", "high", "dual", "kl"), 0.0)
 
 
 def accumulate(policy: Policy, share: Share, tokens_per_microbatch: int) -> dict[str, float]:
@@ -123,7 +124,7 @@ def accumulate(policy: Policy, share: Share, tokens_per_microbatch: int) -> dict
     rollouts out by length, and the weights of tokens are of the whole share. Raises NonFiniteError, on all ranks, for a
     NaN or infinite loss on any.
     """
-    sums, trouble = dict.fromkeys(_SUMS, 0.0), None
+    sums, trouble = _zeros(), None
     active = share.active
     mine = balanced(sequence_lengths(share.rollouts, active), policy.ranks.size)[policy.ranks.rank]
     batches = pack(share.rollouts, [active[i] for i in mine], tokens_per_microbatch)
@@ -180,7 +181,7 @@ def update(
     """
     config = learning.config
     shares = torch.arange(rollouts.P).tensor_split(config.batch.updates_per_step)
-    sums = dict.fromkeys(_SUMS, 0.0)
+    sums = _zeros()
     norms: list[float] = []
     empty = 0
     for _ in range(config.loss.passes):

@@ -44,7 +44,8 @@ class ShardedHead(FusedHead):
             stats = super().stats(everyone_TH, target_all_T, temperature=temperature, group=self.group, **options)
         fields = stats.as_dict()
         own = _TakeOwn.apply(torch.stack([*fields.values()]), first, counts, self.group)
-        return TokenStats(**dict(zip(fields, own, strict=True)))
+        # Copies: FSDP hooks itself to what comes out, and warns of views.
+        return TokenStats(**{name: row_T.clone() for name, row_T in zip(fields, own, strict=True)})
 
     def clamped_entropy(self, hidden_TH: Tensor, *, share: float, temperature: float | Tensor = 1.0) -> Tensor:
         """Not there for a sharded vocabulary: the least likely tokens are found among all of it. ValueError."""
