@@ -156,12 +156,41 @@ def resumed(folder: Path, name: str, ranks: Ranks, run: Path, *, whole: bool = F
     return saved_state(policy, optimizer)
 
 
+def refused(folder: Path, ranks: Ranks) -> list[str]:
+    """What is said of ways to shard that cannot be."""
+    told = []
+    for model, parallel in (
+        ("tied", {"vocab_parallel_head": True}),
+        ("untied", {"vocab_parallel_head": True, "shard_ranks": 1}),
+        ("untied", {"shard_ranks": 3}),
+    ):
+        place = ModelConfig(path=str(folder / model))
+        try:
+            load(place, ParallelConfig(**parallel), device=CPU, size=ranks.size, seed=0)
+        except ValueError as error:
+            told.append(str(error))
+    return told
+
+
+def disagreement(ranks: Ranks) -> str:
+    """What a rank is told when rank 1 has another number; equal ones are no trouble."""
+    ranks.agree("a test", (torch.arange(3), "same", 0.5))
+    try:
+        ranks.agree("a test", (torch.arange(3), float(ranks.rank == 1)))
+    except RuntimeError as error:
+        return str(error)
+    return ""
+
+
 def main(folder: Path) -> None:
     """Every case of this world, then checkpoints: what another world wrote, read; and one of its own, written."""
     torch.set_num_threads(1)
     made: dict[str, Any] = {}
     batch = torch.load(folder / "batch.pt", weights_only=True)
     with Ranks.joined(device=CPU, timeout_s=20.0, needed=True) as ranks:
+        made["disagreement"] = disagreement(ranks)
+        if ranks.size > 1:
+            made["refused"] = refused(folder, ranks)
         for name in cases(ranks.size):
             policy = load_policy(folder, name, ranks)
             made[name] = results(policy, batch, CASES[name]["budget"])

@@ -125,6 +125,20 @@ def test_a_sharded_head_is_never_multiplied_by_a_plain_tensor(worlds):
             assert "weight_VH is a DTensor" in in_op
 
 
+def test_ranks_that_disagree_are_told_which(worlds):
+    for world in (2, 4):
+        for made in worlds[world]:
+            assert "the ranks do not agree on a test: ranks [1] differ from rank 0" in made["disagreement"]
+
+
+def test_what_cannot_be_sharded_is_refused(worlds):
+    for world in (2, 4):
+        tied, copies, three = worlds[world][0]["refused"]
+        assert "vocab_parallel_head: this model's head is tied to its embedding" in tied
+        assert "does not go with parallel.shard_ranks" in copies
+        assert f"parallel.shard_ranks = 3: expected a divisor of the {world} processes" in three
+
+
 def test_whole_weights_generate_and_are_exported(worlds, folder):
     for world in (2, 4):
         for name in ("untied", "vocabulary"):
@@ -154,7 +168,7 @@ def test_lengths_are_balanced():
     torch.manual_seed(2)
     costs = torch.randint(1, 4000, (64,)).tolist()
     lists = balanced(costs, 4)
-    assert sorted(sum(lists, [])) == list(range(64))
+    assert sorted(i for chosen in lists for i in chosen) == list(range(64))
     totals = [sum(costs[i] for i in chosen) for chosen in lists]
     assert max(totals) - min(totals) < 0.02 * max(totals)
     assert balanced([5], 3) == [[0], [], []]
