@@ -22,6 +22,7 @@ import torch
 from torch import nn
 from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
 from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
     get_model_state_dict,
     get_optimizer_state_dict,
     set_model_state_dict,
@@ -126,7 +127,8 @@ class CheckpointFolder:
 
     def _tensors(self, model: nn.Module, optimizer: torch.optim.Optimizer, used: bool, writers: int) -> dict[str, Any]:
         """What a checkpoint of so many ranks holds of tensors; a rank beyond them has no random state there."""
-        tensors: dict[str, Any] = {"model": get_model_state_dict(model)}
+        # What is frozen is where it was loaded from.
+        tensors: dict[str, Any] = {"model": get_model_state_dict(model, options=_trained(model))}
         if self.ranks.rank < writers:
             tensors[_random_state(self.ranks.rank)] = torch.get_rng_state()
         if used:
@@ -177,12 +179,18 @@ class CheckpointFolder:
         else:
             with _one_process():
                 state_dict_loader.load(tensors, checkpoint_id=folder, no_dist=True)
-        set_model_state_dict(model, tensors["model"])
+        set_model_state_dict(model, tensors["model"], options=_trained(model))
         if state["optimizer_used"]:
             set_optimizer_state_dict(model, optimizer, tensors["optimizer"])
         if self.ranks.rank < state["ranks"]:
             torch.set_rng_state(tensors[_random_state(self.ranks.rank)])
         return state
+
+
+def _trained(model: nn.Module) -> StateDictOptions:
+    """Leaves frozen parameters out, and asks for none of them."""
+    frozen = not all(parameter.requires_grad for parameter in model.parameters())
+    return StateDictOptions(ignore_frozen_params=frozen, strict=not frozen)
 
 
 def _random_state(rank: int) -> str:

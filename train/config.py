@@ -7,7 +7,9 @@ numbers are properties. `config_reader.py` fills these from files and the comman
 from dataclasses import dataclass, field
 from typing import Literal
 
+from entrocraft.train.config_lora import LoraConfig
 from entrocraft.train.config_parallel import ParallelConfig
+from entrocraft.train.config_reference import ReferenceConfig
 
 
 def _require(condition: bool, name: str, value: object, expected: str) -> None:
@@ -384,7 +386,9 @@ class Config:
     device: str = "auto"
     """`cpu`, `cuda`, or `auto`: CUDA where there is one."""
     model: ModelConfig = ModelConfig()
-    parallel: ParallelConfig = ParallelConfig()  # noqa: RUF009 (it is frozen)
+    lora: LoraConfig = LoraConfig()  # noqa: RUF009 (it is frozen, as are the two below)
+    reference: ReferenceConfig = ReferenceConfig()  # noqa: RUF009
+    parallel: ParallelConfig = ParallelConfig()  # noqa: RUF009
     data: DataConfig = DataConfig()
     batch: BatchConfig = BatchConfig()
     sampling: SamplingConfig = SamplingConfig()

@@ -1,6 +1,7 @@
 """A Hugging Face folder from a sharded model, tensor by tensor: rank 0 holds one file's worth of it at a time."""
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from entrocraft.train.lora import is_adapter, plain_name, update_of
 from entrocraft.train.parallel import Ranks
 from entrocraft.train.sharding import full_tensor
 
@@ -15,19 +17,27 @@ FILE_BYTES = 5 << 30
 """Largest file, unless one tensor alone is larger."""
 
 
-def export_sharded(model: Any, folder: Path, ranks: Ranks, *, file_bytes: int = FILE_BYTES) -> None:
-    """Writes config, generation settings and weights in float32, under the names that transformers loads.
+def named_weights(model: Any) -> Iterator[tuple[str, Tensor]]:
+    """Every tensor of the model whole, under the name that transformers and vLLM load it by; adapters are merged.
 
-    Called by all ranks together; a tied head is written once, as the embedding. Not atomic.
+    All ranks iterate together, and each gets each tensor, on the model's device and in its dtype; a tied head comes
+    once, as the embedding. Memory: one tensor at a time, and what the caller keeps.
     """
     names = {name for name, _ in model.named_parameters()}  # a tied weight once, under its first name
-    tensors = {name: value for name, value in model.state_dict().items() if name in names or _is_buffer(model, name)}
+    added = update_of(model, full_tensor)
+    for name, tensor in model.state_dict().items():
+        if is_adapter(name) or not (name in names or _is_buffer(model, name)):
+            continue
+        whole = full_tensor(tensor.detach())
+        yield plain_name(name), whole + added[name]().to(whole.dtype) if name in added else whole
+
+
+def export(model: Any, folder: Path, ranks: Ranks, *, file_bytes: int = FILE_BYTES) -> None:
+    """Writes config, generation settings and weights in float32. Called by all ranks together. Not atomic."""
     writer = _Files(folder, file_bytes) if ranks.main else None
-    for name, tensor in tensors.items():
-        whole = full_tensor(tensor.detach())  # all ranks gather, one keeps
+    for name, tensor in named_weights(model):  # all ranks gather, one keeps
         if writer is not None:
-            writer.add(name, whole.to("cpu"))
-        del whole
+            writer.add(name, tensor.to("cpu"))
     if writer is not None:
         writer.close()
         model.config.save_pretrained(folder)

@@ -20,7 +20,9 @@ from transformers.utils.hub import cached_file
 from transformers.utils.logging import disable_progress_bar
 
 from entrocraft.train.config import ModelConfig
+from entrocraft.train.config_lora import LoraConfig
 from entrocraft.train.config_parallel import ParallelConfig
+from entrocraft.train.lora import add_adapters, first_values, is_adapter, plain_name
 from entrocraft.train.sharding import blocks, build_mesh, compute_dtype, needs_sharding, shard_model
 from entrocraft.train.tiny_model import build_tiny_model
 
@@ -66,21 +68,32 @@ def load_whole(config: ModelConfig, seed: int) -> tuple[Any, Any]:
 
 
 def load(
-    config: ModelConfig, parallel: ParallelConfig, *, device: torch.device, size: int, seed: int
+    config: ModelConfig,
+    parallel: ParallelConfig,
+    lora: LoraConfig | None = None,
+    *,
+    device: torch.device,
+    size: int,
+    seed: int,
 ) -> tuple[Any, Any]:
     """Model and tokenizer as `parallel` asks for on `size` ranks: sharded, or whole on this one process.
+
+    lora: adapters to put in, whose first values come from `seed`.
 
     Raises ValueError for a setting of `parallel` that a whole model cannot have.
     """
     dtype = compute_dtype(parallel, device=device, pretrained=config.path is not None)
     if not needs_sharding(parallel, size, dtype):
         model, tokenizer = load_whole(config, seed)
+        if lora is not None and lora.rank is not None:
+            add_adapters(model, lora)
+            _begin_adapters(model, seed)
         if parallel.compile is not None:
             for block in blocks(model):
                 block.compile(backend=parallel.compile)
         return model, tokenizer
     mesh = build_mesh(device, size, parallel.shard_ranks)
-    return load_sharded(config, parallel, mesh, dtype, device, seed)
+    return load_sharded(config, parallel, lora or LoraConfig(), mesh, dtype, device, seed)
 
 
 def attention(config: ModelConfig) -> dict[str, str]:
@@ -89,7 +102,13 @@ def attention(config: ModelConfig) -> dict[str, str]:
 
 
 def load_sharded(
-    config: ModelConfig, parallel: ParallelConfig, mesh: DeviceMesh, dtype: torch.dtype, device: torch.device, seed: int
+    config: ModelConfig,
+    parallel: ParallelConfig,
+    lora: LoraConfig,
+    mesh: DeviceMesh,
+    dtype: torch.dtype,
+    device: torch.device,
+    seed: int,
 ) -> tuple[Any, Any]:
     """Sharded model with float32 master weights on `device` (the CPU with `parallel.cpu_offload`), and tokenizer.
 
@@ -99,6 +118,9 @@ def load_sharded(
     if config.path is None:
         model, tokenizer = build_tiny_model(config.tiny, seed)
         _prepare(model, config)
+        if lora.rank is not None:
+            add_adapters(model, lora)
+            _begin_adapters(model, seed)
         shard_model(model.to(place), parallel, mesh, dtype)
         _buffers_to(model, device)
         return model, tokenizer
@@ -113,9 +135,12 @@ def load_sharded(
             settings, dtype=torch.float32, trust_remote_code=remote, **attention(config)
         )
     _prepare(model, config)
+    if lora.rank is not None:
+        add_adapters(model, lora)
     shard_model(model, parallel, mesh, dtype)
     _materialise(model, place)
-    _fill(model, files, mesh)
+    _begin_adapters(model, seed)
+    _fill(model, files)
     _buffers_to(model, device)
     return model, tokenizer
 
@@ -178,10 +203,28 @@ def own_rows(rows: int, mesh: DeviceMesh) -> range:
 
 
 @torch.no_grad()
-def _fill(model: nn.Module, files: dict[str, str], mesh: DeviceMesh) -> None:
+def _begin_adapters(model: nn.Module, seed: int) -> None:
+    for name, parameter in model.named_parameters():
+        if is_adapter(name):
+            _set(parameter, first_values(name, parameter.shape, seed))
+
+
+def _set(tensor: Tensor, whole: Any) -> None:
+    """Copies into a parameter its own rows of `whole`, a tensor or a slice of a file."""
+    if isinstance(tensor, DTensor) and any(isinstance(placement, Shard) for placement in tensor.placements):
+        rows = own_rows(tensor.shape[0], tensor.device_mesh)
+        tensor.to_local().copy_(whole[rows.start : rows.stop])
+    else:
+        tensor.copy_(whole[:])
+
+
+@torch.no_grad()
+def _fill(model: nn.Module, files: dict[str, str]) -> None:
     """Reads each parameter's own rows, and each persistent buffer."""
     saved = model.state_dict()
-    wanted: dict[str, Tensor] = dict(model.named_parameters())  # a tied weight once, under its first name
+    wanted: dict[str, Tensor] = {  # a tied weight once, under its first name
+        plain_name(name): parameter for name, parameter in model.named_parameters() if not is_adapter(name)
+    }
     wanted |= {name: buffer for name, buffer in model.named_buffers() if name in saved}
     missing = sorted(set(wanted) - set(files))
     if missing:
@@ -201,8 +244,4 @@ def _fill(model: nn.Module, files: dict[str, str], mesh: DeviceMesh) -> None:
                 raise ValueError(
                     f"{name} has shape {tuple(piece.get_shape())} in the files; the model expects {tuple(tensor.shape)}"
                 )
-            if isinstance(tensor, DTensor) and any(isinstance(p, Shard) for p in tensor.placements):
-                rows = own_rows(tensor.shape[0], mesh)
-                tensor.to_local().copy_(piece[rows.start : rows.stop])
-            else:
-                tensor.copy_(piece[:])
+            _set(tensor, piece)

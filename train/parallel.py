@@ -124,6 +124,11 @@ def local_device(device: torch.device) -> torch.device:
     return own
 
 
+def stable_seed(seed: int, name: str) -> int:
+    """A 63-bit seed from a number and a text, the same in every process."""
+    return int.from_bytes(hashlib.sha256(f"{seed} {name}".encode()).digest()[:8], "big") >> 1
+
+
 def balanced(cost_N: Sequence[int], bins: int) -> list[list[int]]:
     """Indices of N things in `bins` lists whose summed costs are nearly equal: the costliest first, each to the list
     with least. A function of the costs alone; lists are ascending."""

@@ -13,8 +13,9 @@ from transformers.utils.logging import disable_progress_bar
 from entrocraft import Rollouts, TokenStats
 from entrocraft.kernels import FusedHead
 from entrocraft.train.config import ModelConfig
-from entrocraft.train.export import export_sharded
+from entrocraft.train.export import export, named_weights
 from entrocraft.train.loading import load_whole
+from entrocraft.train.lora import has_adapters
 from entrocraft.train.packing import MicroBatch, idle_batch, pack, sequence_lengths
 from entrocraft.train.parallel import Ranks, balanced
 from entrocraft.train.sharding import is_sharded, whole_weights
@@ -181,11 +182,15 @@ class Policy:
         where_T = torch.argsort(torch.cat([token_N for token_N, _ in found]))
         return TokenStats.cat([stats for _, stats in found]).index(where_T)
 
+    def weights(self) -> Iterator[tuple[str, Tensor]]:
+        """Every tensor whole, by the name it is loaded under, with adapters merged; all ranks iterate together."""
+        return named_weights(self.model)
+
     def save(self, folder: Path) -> None:
         """Writes a Hugging Face folder (safetensors and tokenizer) that `model.path`, vLLM and transformers load."""
         disable_progress_bar()
-        if is_sharded(self.model):
-            export_sharded(self.model, folder, self.ranks)
+        if is_sharded(self.model) or has_adapters(self.model):
+            export(self.model, folder, self.ranks)
         else:
             self.model.save_pretrained(folder)
         if self.ranks.main:

@@ -2,6 +2,7 @@
 
 import fcntl
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from entrocraft.train.loading import load
 from entrocraft.train.metrics import EVENTS_FILE, METRICS_FILE, MetricsLog
 from entrocraft.train.parallel import Ranks
 from entrocraft.train.policy import Policy, choose_device
+from entrocraft.train.reference import Reference, divergence
 from entrocraft.train.rewards import load_reward
 from entrocraft.train.sampling import HuggingFaceEngine
 from entrocraft.train.spread import SpreadEngine
@@ -97,8 +99,11 @@ class Run:
         self.advantage = build_advantage(config.loss.advantage, **config.loss.advantage_options)
         torch.manual_seed(config.seed)
         device = device or choose_device(config.device)
-        model, tokenizer = load(config.model, config.parallel, device=device, size=self.ranks.size, seed=config.seed)
+        model, tokenizer = load(
+            config.model, config.parallel, config.lora, device=device, size=self.ranks.size, seed=config.seed
+        )
         self.policy = Policy(model, tokenizer, temperature=config.sampling.temperature, device=device, ranks=self.ranks)
+        self.reference = Reference.load(config, self.policy, self.ranks, device)
         self.controller, self.aggregation = build_controller(config, vocab_size=self.policy.vocab_size)
         lookup(AGGREGATIONS, self.aggregation, "aggregation (loss.aggregation)")
         engine = HuggingFaceEngine(
@@ -115,7 +120,7 @@ class Run:
         self.policy.check(self.prompts[0])
         self.order = PromptOrder(len(self.problems), config.seed)
         self.optimizer = torch.optim.AdamW(
-            self.policy.model.parameters(),
+            [parameter for parameter in self.policy.model.parameters() if parameter.requires_grad],
             lr=config.optimizer.lr,
             betas=config.optimizer.betas,
             weight_decay=config.optimizer.weight_decay,
@@ -275,7 +280,11 @@ class Run:
             f"the decision of step {self.step}",
             (decision.keep_T, decision.advantage_R, decision.reason, entropy, dict(self.method_state)),
         )
-        return decision, learning
+        if self.reference is None:
+            return decision, learning
+        penalty = self.reference.penalty(rollouts, stats, decision, self.config.batch.tokens_per_microbatch)
+        metrics = {**decision.metrics, "reference_kl": divergence(penalty, stats, rollouts.mask_T)}
+        return replace(decision, metrics=metrics), replace(learning, penalty=penalty)
 
     def evaluation_options(self) -> dict[str, Any]:
         """Keyword arguments of `evaluate` for the present step."""

@@ -20,6 +20,7 @@ from entrocraft.train.errors import NonFiniteError
 from entrocraft.train.packing import MicroBatch, pack, sequence_lengths
 from entrocraft.train.parallel import balanced
 from entrocraft.train.policy import Policy
+from entrocraft.train.reference import Penalty
 from entrocraft.train.sharding import clip_gradients, last_of_update
 
 
@@ -34,6 +35,8 @@ class Learning:
     step: int
     member_R: Tensor | None = None
     """bool: rollouts that the advantage estimator leaves in the batch at all. None: every one."""
+    penalty: Penalty | None = None
+    """What leaving the reference costs, for the same T tokens that are given to `make_share`."""
 
     def objective(
         self, rollouts: Rollouts, stats: TokenStats, old_logprob_T: Tensor, advantage_R: Tensor, keep_T: Tensor | None,
@@ -98,18 +101,19 @@ def make_share(
 
     moved: the policy, where it is no longer what `stats` scored; it scores again if the method looks at where it is.
     """
-    part, old = rollouts.select(chosen_R), stats.index(chosen_R[rollouts.rollout_T].nonzero()[:, 0])
+    token_N = chosen_R[rollouts.rollout_T].nonzero()[:, 0]
+    part, old = rollouts.select(chosen_R), stats.index(token_N)
     now = old
     if moved is not None and learning.method.needs_current:
         now = moved.score(part, learning.config.batch.tokens_per_microbatch)
-    objective = learning.objective(
-        part,
-        now,
-        old.logprob_T,
-        decision.advantage_R[chosen_R],
-        decision.keep_T[chosen_R[rollouts.rollout_T]],
-        None if learning.member_R is None else learning.member_R[chosen_R],
-    )
+    advantage_R, keep_T = decision.advantage_R[chosen_R], decision.keep_T[token_N]
+    member_R = None if learning.member_R is None else learning.member_R[chosen_R]
+    objective = learning.objective(part, now, old.logprob_T, advantage_R, keep_T, member_R)
+    if learning.penalty is not None:
+        scale = loss_scale(learning.aggregation, learning.config, part.R)
+        objective = learning.penalty.index(token_N).added_to(
+            objective, part, aggregation=learning.aggregation, keep_T=keep_T, advantage_R=advantage_R, scale=scale
+        )
     return Share(rollouts=part, objective=objective)
 
 
