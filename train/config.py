@@ -7,6 +7,10 @@ numbers are properties. `config_reader.py` fills these from files and the comman
 from dataclasses import dataclass, field
 from typing import Literal
 
+from entrocraft.train.config_lora import LoraConfig
+from entrocraft.train.config_parallel import ParallelConfig
+from entrocraft.train.config_reference import ReferenceConfig
+
 
 def _require(condition: bool, name: str, value: object, expected: str) -> None:
     if not condition:
@@ -57,6 +61,9 @@ class ModelConfig:
     """Shape of the model that is built when `model.path` is empty."""
     trust_remote_code: bool = False
     """Whether code shipped with the model may run. Off: a downloaded model cannot execute anything here."""
+    attention: Literal["auto", "sdpa", "eager", "flash_attention_2", "flash_attention_3"] = "auto"
+    """Attention layers. `auto`: flash-attention where it is installed and the model computes in bfloat16 on CUDA, else
+    torch's own (SDPA). Which one is in use is printed when a run starts."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
 
@@ -380,6 +387,9 @@ class Config:
     device: str = "auto"
     """`cpu`, `cuda`, or `auto`: CUDA where there is one."""
     model: ModelConfig = ModelConfig()
+    lora: LoraConfig = LoraConfig()  # noqa: RUF009 (it is frozen, as are the two below)
+    reference: ReferenceConfig = ReferenceConfig()  # noqa: RUF009
+    parallel: ParallelConfig = ParallelConfig()  # noqa: RUF009
     data: DataConfig = DataConfig()
     batch: BatchConfig = BatchConfig()
     sampling: SamplingConfig = SamplingConfig()

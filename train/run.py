@@ -2,6 +2,7 @@
 
 import fcntl
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,17 +21,24 @@ from entrocraft.train.config_reader import differences, save_config, to_dict
 from entrocraft.train.control import build_controller, build_method
 from entrocraft.train.data import Problem, PromptOrder, drop_long, encode_prompts, load_problems
 from entrocraft.train.errors import NonFiniteError, TrainingStopped
+from entrocraft.train.loading import load
 from entrocraft.train.metrics import EVENTS_FILE, METRICS_FILE, MetricsLog
+from entrocraft.train.parallel import Ranks
 from entrocraft.train.policy import Policy, choose_device
+from entrocraft.train.reference import Reference, divergence
 from entrocraft.train.rewards import load_reward
 from entrocraft.train.sampling import HuggingFaceEngine
+from entrocraft.train.spread import SpreadEngine
 from entrocraft.train.step import Learning
 
 # First entry after the seed of each random stream: what is drawn for one purpose never depends on what another drew.
 SAMPLE, EVALUATE = 1, 2
 
 # Settings that may change when a run goes on: they decide how long, how often and where, not what a step computes.
-_FREE_ON_RESUME = ("run_dir", "resume", "checkpoint.", "evaluation.", "reward.workers")
+_FREE_ON_RESUME = (
+    *("run_dir", "resume", "checkpoint.", "evaluation.", "reward.workers"),
+    *(f"parallel.{name}" for name in ("shard_ranks", "reshard_after_forward", "cpu_offload", "timeout_s")),
+)
 
 
 def load_prompts(path: str, policy: Policy, config: Config) -> tuple[list[Problem], list[tuple[int, ...]], int]:
@@ -74,14 +82,15 @@ def load_prompts(path: str, policy: Policy, config: Config) -> tuple[list[Proble
 
 
 class Run:
-    """One training run on one process."""
+    """One training run, as one of its processes holds it. All construct it and call its methods together."""
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config, ranks: Ranks | None = None, device: torch.device | None = None) -> None:
         if config.data.train is None:
             raise ValueError("data.train is empty: give a JSONL file, e.g. --data.train problems.jsonl")
         self.config = config
+        self.ranks = ranks or Ranks()
         self.dir = Path(config.run_dir)
-        self.checkpoints = CheckpointFolder(self.dir, keep=config.checkpoint.keep)
+        self.checkpoints = CheckpointFolder(self.dir, keep=config.checkpoint.keep, ranks=self.ranks)
         self._refuse_or_compare()
         # Mistakes first, slow things after.
         self.method = build_method(config)
@@ -89,15 +98,18 @@ class Run:
         load_reward(config.reward.name)
         self.advantage = build_advantage(config.loss.advantage, **config.loss.advantage_options)
         torch.manual_seed(config.seed)
-        device = choose_device(config.device)
-        self.policy = Policy.load(
-            config.model, temperature=config.sampling.temperature, device=device, seed=config.seed
+        device = device or choose_device(config.device)
+        model, tokenizer = load(
+            config.model, config.parallel, config.lora, device=device, size=self.ranks.size, seed=config.seed
         )
+        self.policy = Policy(model, tokenizer, temperature=config.sampling.temperature, device=device, ranks=self.ranks)
+        self.reference = Reference.load(config, self.policy, self.ranks, device)
         self.controller, self.aggregation = build_controller(config, vocab_size=self.policy.vocab_size)
         lookup(AGGREGATIONS, self.aggregation, "aggregation (loss.aggregation)")
-        self.engine = HuggingFaceEngine(
+        engine = HuggingFaceEngine(
             self.policy.model, config.sampling, eos_ids=self.policy.eos_ids, pad_id=self.policy.pad_id
         )
+        self.engine = SpreadEngine(engine, self.policy)
         self.problems, self.prompts, self.dropped = load_prompts(config.data.train, self.policy, config)
         self.held_out, self.held_out_prompts, self.held_out_dropped = [], [], 0
         if config.data.eval is not None:
@@ -108,7 +120,7 @@ class Run:
         self.policy.check(self.prompts[0])
         self.order = PromptOrder(len(self.problems), config.seed)
         self.optimizer = torch.optim.AdamW(
-            self.policy.model.parameters(),
+            [parameter for parameter in self.policy.model.parameters() if parameter.requires_grad],
             lr=config.optimizer.lr,
             betas=config.optimizer.betas,
             weight_decay=config.optimizer.weight_decay,
@@ -169,11 +181,22 @@ class Run:
         return self.step
 
     def begin(self, resumed: int | None) -> None:
-        """Takes the run's folder for this process, and writes the resolved configuration into it.
+        """Takes the run's folder for this run, and writes the resolved configuration into it.
 
         A record without a checkpoint to go on from is set aside under another name, not written over. Raises ValueError
-        when another process is training in this folder.
+        when another run is training in this folder.
         """
+        trouble = None
+        if self.ranks.main:
+            try:
+                self._take_folder(resumed)
+            except ValueError as error:
+                trouble = str(error)
+        trouble = self.ranks.from_main(trouble)
+        if trouble is not None:
+            raise ValueError(trouble)
+
+    def _take_folder(self, resumed: int | None) -> None:
         self.dir.mkdir(parents=True, exist_ok=True)
         self._lock = (self.dir / ".lock").open("w")
         try:
@@ -195,7 +218,8 @@ class Run:
 
     def end(self) -> None:
         """Lets go of the run's folder."""
-        self._lock.close()
+        if self.ranks.main:
+            self._lock.close()
 
     def save(self) -> Path:
         """Writes a checkpoint of the present state."""
@@ -252,7 +276,15 @@ class Run:
             temperature=self.config.sampling.temperature,
             sample_R=rollouts.sample_R,
         )
-        return decision, learning
+        self.ranks.agree(
+            f"the decision of step {self.step}",
+            (decision.keep_T, decision.advantage_R, decision.reason, entropy, dict(self.method_state)),
+        )
+        if self.reference is None:
+            return decision, learning
+        penalty = self.reference.penalty(rollouts, stats, decision, self.config.batch.tokens_per_microbatch)
+        metrics = {**decision.metrics, "reference_kl": divergence(penalty, stats, rollouts.mask_T)}
+        return replace(decision, metrics=metrics), replace(learning, penalty=penalty)
 
     def evaluation_options(self) -> dict[str, Any]:
         """Keyword arguments of `evaluate` for the present step."""
@@ -271,6 +303,8 @@ class Run:
         self.optimizer.zero_grad(set_to_none=True)
         self.controller.forget_prediction()  # no gain is learnt from an update that was not made
         self.bad_in_a_row += 1
+        if not self.ranks.main:
+            return
         path = self.dir / "bad_batches" / f"step_{self.step:06d}.pt"
         path.parent.mkdir(exist_ok=True)
         batch = {name: getattr(rollouts, name) for name in ("token_T", "rollout_T", "mask_T", "group_R", "sample_R")}
@@ -286,6 +320,12 @@ class Run:
             f"batches in {self.dir / 'bad_batches'}; {saved} holds the weights of the last good update. Look at the "
             "data, the reward or optimizer.lr; --resume auto goes on from there"
         )
+
+    def _processes(self) -> str:
+        size, shards = self.ranks.size, self.config.parallel.shard_ranks or self.ranks.size
+        if size == 1:
+            return "1 process"
+        return f"{size} processes, " + (f"{size // shards} copies of the model" if shards < size else "one model")
 
     def batch_table(self) -> list[tuple[str, str]]:
         """What follows from the four batch numbers, in words."""
@@ -303,7 +343,7 @@ class Run:
             ),
             ("rollouts an update", f"{batch.rollouts_per_update}"),
             ("response tokens a step", f"at most {batch.rollouts_per_step * longest:,}"),
-            ("tokens a forward pass", f"at most {batch.tokens_per_microbatch:,}"),
+            ("tokens a forward pass", f"at most {batch.tokens_per_microbatch:,} on each of {self._processes()}"),
             (
                 "steps",
                 f"{steps}, {steps * batch.rollouts_per_step:,} training samples, {epochs:.1f} passes over the prompts",

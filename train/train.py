@@ -2,6 +2,7 @@
 
     python train/train.py --config train/configs/gsm8k_tiny.yaml --data.train gsm8k_train.jsonl
     python train/train.py --config runs/gsm8k_tiny/config.yaml --resume auto
+    torchrun --nproc-per-node 8 train/train.py --config ...
 
 It is GRPO (group-relative advantages, clipped policy gradient, one number per rollout from a program that checks the
 answer) without a critic, without a reference model and without a reward model, plus one thing: between scoring and
@@ -11,10 +12,12 @@ Each step: sample, reward, score, decide, update, publish; now and then evaluate
 saves and ends; `--resume auto` goes on from there, bit for bit. `--help` lists every setting.
 """
 
+import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import torch
 from rich.console import Console
 from rich.table import Table
 
@@ -24,15 +27,19 @@ from entrocraft.train.errors import NonFiniteError, TrainingStopped
 from entrocraft.train.evaluation import completion_texts, evaluate, grade
 from entrocraft.train.interrupt import Interrupt
 from entrocraft.train.metrics import METRICS_FILE, MetricsLog
+from entrocraft.train.parallel import Ranks, local_device
+from entrocraft.train.policy import choose_device
 from entrocraft.train.progress import Progress
 from entrocraft.train.report import write_report
 from entrocraft.train.rewards import RewardPool
 from entrocraft.train.run import SAMPLE, Run, check_finite
+from entrocraft.train.sharding import compute_dtype, needs_sharding
+from entrocraft.train.spread import SilentLog, SpreadPool
 from entrocraft.train.step import update
 from entrocraft.train.step_metrics import Clock, batch_metrics, check_verdicts, report_rewards
 
 
-def train_step(run: Run, pool: RewardPool, log: MetricsLog, say: Callable[[str], None]) -> dict[str, float | str]:
+def train_step(run: Run, pool: SpreadPool, log: MetricsLog, say: Callable[[str], None]) -> dict[str, float | str]:
     """One step: sample, reward, score, decide, update, publish. Returns its metrics; `say` tells of trouble."""
     config, clock = run.config, Clock()
     chosen = run.order.next(config.batch.prompts_per_step)
@@ -64,11 +71,11 @@ def train_step(run: Run, pool: RewardPool, log: MetricsLog, say: Callable[[str],
     return row | batch_metrics(run, rollouts, rewards) | clock.metrics(rollouts.T)
 
 
-def train(run: Run, pool: RewardPool, log: MetricsLog, progress: Progress, interrupt: Interrupt) -> None:
+def train(run: Run, pool: SpreadPool, log: MetricsLog, progress: Progress, interrupt: Interrupt) -> None:
     """Steps until the run's last one or until interrupted; evaluates, logs and saves on the way."""
     config = run.config
     saved = run.step
-    while run.step < config.optimizer.steps and not interrupt.requested:
+    while run.step < config.optimizer.steps and not run.ranks.any(interrupt.requested):
         run.step += 1
         row = train_step(run, pool, log, progress.print)
         last = run.step == config.optimizer.steps
@@ -101,8 +108,16 @@ def announce(run: Run, resumed: int | None, console: Console) -> None:
 
 def run_training(config: Config) -> Run:
     """Trains from the start or from the newest checkpoint, then writes the model and the report. Returns the run."""
-    console, interrupt, reward = Console(), Interrupt(), config.reward
-    run = Run(config)
+    device = local_device(choose_device(config.device))
+    dtype = compute_dtype(config.parallel, device=device, pretrained=config.model.path is not None)
+    group = needs_sharding(config.parallel, 1, dtype)  # FSDP2 wants one also for one process
+    with Ranks.joined(device=device, timeout_s=config.parallel.timeout_s, needed=group) as ranks:
+        return _run_on(config, ranks, device)
+
+
+def _run_on(config: Config, ranks: Ranks, device: torch.device) -> Run:
+    console, interrupt, reward = Console(quiet=not ranks.main), Interrupt(), config.reward
+    run = Run(config, ranks, device)
     resumed = run.resume()
     announce(run, resumed, console)
     run.begin(resumed)
@@ -110,15 +125,15 @@ def run_training(config: Config) -> Run:
         with (
             interrupt.listening(),
             RewardPool(reward.name, workers=reward.workers, timeout_s=reward.timeout_s, signed=reward.signed) as pool,
-            MetricsLog(run.dir, resume_step=resumed) as log,
+            MetricsLog(run.dir, resume_step=resumed) if ranks.main else SilentLog() as log,
             Progress(config.optimizer.steps, run.step, console) as progress,
         ):
             if run.dropped and resumed is None:
                 log.event("prompts_dropped", count=run.dropped, limit=config.data.max_prompt_tokens)
-            train(run, pool, log, progress, interrupt)
+            train(run, SpreadPool(pool, ranks), log, progress, interrupt)
         run.policy.save(run.dir / "model")
     finally:
-        if (run.dir / METRICS_FILE).stat().st_size:
+        if ranks.main and (run.dir / METRICS_FILE).stat().st_size:
             console.print(f"step {run.step} of {config.optimizer.steps}; report: {write_report(run.dir)}")
         run.end()
     return run
@@ -131,7 +146,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         run = run_training(config)
     except (TrainingStopped, NonFiniteError) as stop:
-        print(f"stopped: {stop}", file=sys.stderr)
+        if os.environ.get("RANK", "0") == "0":
+            print(f"stopped: {stop}", file=sys.stderr)
         return 1
     return 0 if run.step >= config.optimizer.steps else 130
 
