@@ -8,6 +8,8 @@ from typing import Any
 
 from entrocraft.train.errors import TrainingStopped
 
+_PATIENCE_S = 10.0  # for a last call, when everything else has ended
+
 
 class WaitedTooLong(TrainingStopped):
     """A wait ended without its answer. Who waited, for whom, for what and for how long is in the message."""
@@ -25,7 +27,8 @@ class Caller:
         self.who, self.whom = who, whom
         self.stuck = ""
         self._calls: queue.SimpleQueue[tuple[Callable[[], Any], Future[Any]] | None] = queue.SimpleQueue()
-        threading.Thread(target=self._work, name=f"calls {whom}", daemon=True).start()
+        self._thread = threading.Thread(target=self._work, name=f"calls {whom}", daemon=True)
+        self._thread.start()
 
     def _work(self) -> None:
         while (item := self._calls.get()) is not None:
@@ -64,5 +67,7 @@ class Caller:
         return self.wait(self.start(call), what, timeout_s, setting)
 
     def close(self) -> None:
-        """Lets the thread end after its last call."""
+        """Ends the thread after its last call, which is waited for: a thread that is in a library's code when the
+        interpreter ends takes the process down with it."""
         self._calls.put(None)
+        self._thread.join(_PATIENCE_S)

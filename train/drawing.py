@@ -87,6 +87,11 @@ class Drawing:
         if self._next is not None:
             self._next.result()  # the engine's own time limit ends it
 
+    def close(self) -> None:
+        """Waits for what is being drawn, and draws no more."""
+        if self._caller is not None:
+            self._caller.close()
+
     def state_dict(self) -> dict[str, Any] | None:
         """A batch that was drawn ahead, as JSON can hold it; None if there is none."""
         if self._next is None:

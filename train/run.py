@@ -208,6 +208,7 @@ class Run:
 
     def end(self) -> None:
         """Lets go of the engine and of the run's folder."""
+        self.drawing.close()
         self.engine.close()
         self._lock.close()
 
