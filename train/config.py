@@ -7,6 +7,7 @@ numbers are properties. `config_reader.py` fills these from files and the comman
 from dataclasses import dataclass, field
 from typing import Literal
 
+from entrocraft.train.config_engine import EngineConfig, ImportanceConfig, MismatchConfig, SamplingConfig
 from entrocraft.train.config_lora import LoraConfig
 from entrocraft.train.config_parallel import ParallelConfig
 from entrocraft.train.config_reference import ReferenceConfig
@@ -139,44 +140,6 @@ class BatchConfig:
     def rollouts_per_update(self) -> int:
         """Rollouts that one optimizer update sees in one pass."""
         return self.rollouts_per_step // self.updates_per_step
-
-
-@dataclass(frozen=True, kw_only=True)
-class SamplingConfig:
-    """How rollouts are drawn from the policy."""
-
-    max_response_tokens: int = 1024
-    """Longest response; a rollout that reaches it without an end mark is truncated."""
-    temperature: float = 1.0
-    """Logits are divided by it, in sampling and in scoring alike. Entropy is measured at this temperature."""
-    top_p: float = 1.0
-    """Nucleus sampling; 1 is off, as training needs the whole distribution."""
-    top_k: int = 0
-    """Sample among the k likeliest tokens; 0 is off."""
-    rollouts_per_batch: int = 256
-    """Rollouts generated at once (memory of the key-value cache)."""
-
-    def __post_init__(self) -> None:
-        _require(
-            self.max_response_tokens > 0,
-            "sampling.max_response_tokens",
-            self.max_response_tokens,
-            "a positive number",
-        )
-        _require(
-            self.temperature > 0,
-            "sampling.temperature",
-            self.temperature,
-            "a number above 0 (greedy decoding cannot be trained on)",
-        )
-        _require(0 < self.top_p <= 1, "sampling.top_p", self.top_p, "a number in (0, 1]")
-        _require(self.top_k >= 0, "sampling.top_k", self.top_k, "0 or more")
-        _require(
-            self.rollouts_per_batch > 0,
-            "sampling.rollouts_per_batch",
-            self.rollouts_per_batch,
-            "a positive number",
-        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -393,6 +356,9 @@ class Config:
     data: DataConfig = DataConfig()
     batch: BatchConfig = BatchConfig()
     sampling: SamplingConfig = SamplingConfig()
+    engine: EngineConfig = EngineConfig()
+    importance: ImportanceConfig = ImportanceConfig()
+    mismatch: MismatchConfig = MismatchConfig()
     reward: RewardConfig = RewardConfig()
     loss: LossConfig = LossConfig()
     entropy: EntropyConfig = EntropyConfig()

@@ -20,14 +20,16 @@ from entrocraft.train.config import Config
 from entrocraft.train.config_reader import differences, save_config, to_dict
 from entrocraft.train.control import build_controller, build_method
 from entrocraft.train.data import Problem, PromptOrder, drop_long, encode_prompts, load_problems
+from entrocraft.train.drawing import Drawing
+from entrocraft.train.engines import build_engine
 from entrocraft.train.errors import NonFiniteError, TrainingStopped
 from entrocraft.train.loading import load
 from entrocraft.train.metrics import EVENTS_FILE, METRICS_FILE, MetricsLog
+from entrocraft.train.mismatch import MismatchWatch, build_importance
 from entrocraft.train.parallel import Ranks
 from entrocraft.train.policy import Policy, choose_device
 from entrocraft.train.reference import Reference, divergence
 from entrocraft.train.rewards import load_reward
-from entrocraft.train.sampling import HuggingFaceEngine
 from entrocraft.train.spread import SpreadEngine
 from entrocraft.train.step import Learning
 
@@ -95,6 +97,8 @@ class Run:
         # Mistakes first, slow things after.
         self.method = build_method(config)
         self.method_state: State = {}
+        self.importance = build_importance(config.importance)
+        self.mismatch = MismatchWatch(config.mismatch)
         load_reward(config.reward.name)
         self.advantage = build_advantage(config.loss.advantage, **config.loss.advantage_options)
         torch.manual_seed(config.seed)
@@ -106,10 +110,6 @@ class Run:
         self.reference = Reference.load(config, self.policy, self.ranks, device)
         self.controller, self.aggregation = build_controller(config, vocab_size=self.policy.vocab_size)
         lookup(AGGREGATIONS, self.aggregation, "aggregation (loss.aggregation)")
-        engine = HuggingFaceEngine(
-            self.policy.model, config.sampling, eos_ids=self.policy.eos_ids, pad_id=self.policy.pad_id
-        )
-        self.engine = SpreadEngine(engine, self.policy)
         self.problems, self.prompts, self.dropped = load_prompts(config.data.train, self.policy, config)
         self.held_out, self.held_out_prompts, self.held_out_dropped = [], [], 0
         if config.data.eval is not None:
@@ -118,7 +118,17 @@ class Run:
             )
         self._check_sizes()
         self.policy.check(self.prompts[0])
+        self.engine = SpreadEngine(build_engine(config, self.policy), self.policy)
         self.order = PromptOrder(len(self.problems), config.seed)
+        self.drawing = Drawing(
+            self.engine,
+            self.order,
+            self.prompts,
+            prompts_per_step=config.batch.prompts_per_step,
+            samples_per_prompt=config.batch.samples_per_prompt,
+            stream=(config.seed, SAMPLE),
+            ahead=config.engine.overlap,
+        )
         self.optimizer = torch.optim.AdamW(
             [parameter for parameter in self.policy.model.parameters() if parameter.requires_grad],
             lr=config.optimizer.lr,
@@ -178,6 +188,8 @@ class Run:
         self.order.load_state_dict(state["order"])
         self.controller.load_state_dict(state["controller"])
         self.method_state = state["method"]
+        self.drawing.load_state_dict(state["drawn"])
+        self.mismatch.load_state_dict(state["mismatch"])
         return self.step
 
     def begin(self, resumed: int | None) -> None:
@@ -217,7 +229,9 @@ class Run:
         aside.replace(self.dir / "config.yaml")
 
     def end(self) -> None:
-        """Lets go of the run's folder."""
+        """Lets go of the engine and of the run's folder."""
+        self.drawing.close()
+        self.engine.close()
         if self.ranks.main:
             self._lock.close()
 
@@ -229,6 +243,8 @@ class Run:
             "order": self.order.state_dict(),
             "controller": self.controller.state_dict(),
             "method": dict(self.method_state),
+            "drawn": self.drawing.state_dict(),
+            "mismatch": self.mismatch.state_dict(),
         }
         return self.checkpoints.save(self.step, self.policy.model, self.optimizer, state)
 
@@ -262,6 +278,7 @@ class Run:
             config=self.config,
             step=self.step,
             member_R=members(self.advantage, reward_R, rollouts.group_R),
+            importance=self.importance,
         )
         objective = learning.objective(rollouts, stats, stats.logprob_T, advantage_R, None, learning.member_R)
         decision = self.controller.decide(

@@ -1,6 +1,7 @@
 """Rollout engines: prompts in, `Rollouts` out."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
@@ -17,8 +18,11 @@ from entrocraft.train.errors import NonFiniteError
 class RolloutEngine(Protocol):
     """What the loop needs of anything that can generate."""
 
-    def publish(self, version: int) -> None:
-        """Makes the policy's present weights the ones that are sampled from, under this version number."""
+    def publish(self, version: int) -> dict[str, float]:
+        """Makes the policy's present weights the ones that are sampled from, under this version number.
+
+        Called by all ranks. Returns metrics. Raises PublicationError when they did not arrive whole.
+        """
         ...
 
     def sample(
@@ -34,6 +38,46 @@ class RolloutEngine(Protocol):
         rollouts. These prompts are number `first_prompt` and following of a batch that is sampled in parts: an engine
         that can, draws for each from (`stream`, its number), so that the parts do not matter."""
         ...
+
+    def rest(self) -> None:
+        """Gives back what only generation needs, until the next `publish`; not to be sampled from before it."""
+        ...
+
+    def close(self) -> None:
+        """Lets go of everything."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Response:
+    """One response as a sampler returns it: its tokens, end mark included, and their log-probabilities if it has
+    them."""
+
+    tokens: Sequence[int]
+    logprobs: Sequence[float] | None
+    ended: bool
+
+
+def assemble(
+    prompts: Sequence[tuple[int, ...]], samples_per_prompt: int, responses: Sequence[Response], version: int
+) -> Rollouts:
+    """The `Rollouts` of P x G responses, those of one prompt next to each other."""
+    group_R = torch.arange(len(prompts)).repeat_interleave(samples_per_prompt)
+    length_R = torch.tensor([len(response.tokens) for response in responses], dtype=torch.int64)
+    token_T = torch.tensor([token for response in responses for token in response.tokens], dtype=torch.int64)
+    logprobs = [value for response in responses for value in response.logprobs or ()]
+    known = bool(responses) and responses[0].logprobs is not None
+    return Rollouts(
+        token_T=token_T,
+        rollout_T=torch.arange(len(responses)).repeat_interleave(length_R),
+        mask_T=torch.ones_like(token_T, dtype=torch.bool),
+        group_R=group_R,
+        sample_R=torch.arange(samples_per_prompt).repeat(len(prompts)),
+        prompts=tuple(tuple(prompt) for prompt in prompts),
+        truncated_R=torch.tensor([not response.ended for response in responses], dtype=torch.bool),
+        weight_version=version,
+        sampler_logprob_T=torch.tensor(logprobs, dtype=torch.float32) if known else None,
+    )
 
 
 def stream_seed(*stream: int) -> int:
@@ -62,9 +106,16 @@ class HuggingFaceEngine:
         if not self.eos_ids:
             raise ValueError("the tokenizer has no end-of-sequence token: no rollout could ever end; set eos_token")
 
-    def publish(self, version: int) -> None:
+    def publish(self, version: int) -> dict[str, float]:
         """Records the version; the weights are shared with the trainer."""
         self.version = version
+        return {}
+
+    def rest(self) -> None:
+        """Keeps nothing between calls."""
+
+    def close(self) -> None:
+        """Holds nothing of its own."""
 
     def sample(
         self,
@@ -80,8 +131,7 @@ class HuggingFaceEngine:
         `temperature` overrides the configured one (evaluation). A response ends with its end mark, which is part of
         it, or is truncated at `sampling.max_response_tokens`.
         """
-        group_R = torch.arange(len(prompts)).repeat_interleave(samples_per_prompt)
-        rows = [prompts[g] for g in group_R.tolist()]
+        rows = [prompt for prompt in prompts for _ in range(samples_per_prompt)]
         size = self.config.rollouts_per_batch
         was_training = self.model.training
         self.model.eval()
@@ -100,19 +150,10 @@ class HuggingFaceEngine:
                 for i in range(0, len(rows), size)
             ]
         self.model.train(was_training)
-        responses = [response for chunk in chunks for response in chunk]
-        ended = torch.isin(torch.stack([response[-1] for response in responses]), torch.tensor(self.eos_ids))
-        length_R = torch.tensor([len(response) for response in responses])
-        token_T = torch.cat(responses)
-        return Rollouts(
-            token_T=token_T,
-            rollout_T=torch.arange(len(responses)).repeat_interleave(length_R),
-            mask_T=torch.ones_like(token_T, dtype=torch.bool),
-            group_R=group_R,
-            sample_R=torch.arange(samples_per_prompt).repeat(len(prompts)),
-            prompts=tuple(tuple(prompt) for prompt in prompts),
-            truncated_R=~ended,
-            weight_version=self.version,
+        responses = [response.tolist() for chunk in chunks for response in chunk]
+        ends = set(self.eos_ids)
+        return assemble(
+            prompts, samples_per_prompt, [Response(row, None, row[-1] in ends) for row in responses], self.version
         )
 
     def _drawing(

@@ -53,9 +53,17 @@ class SpreadEngine:
         self.policy = policy
         self.ranks: Ranks = policy.ranks
 
-    def publish(self, version: int) -> None:
-        """Every rank's engine gets the present weights."""
-        self.engine.publish(version)
+    def publish(self, version: int) -> dict[str, float]:
+        """Every rank's engine gets the present weights; metrics of this rank's."""
+        return self.engine.publish(version)
+
+    def rest(self) -> None:
+        """Every rank's engine rests."""
+        self.engine.rest()
+
+    def close(self) -> None:
+        """Lets go of this rank's engine."""
+        self.engine.close()
 
     def sample(
         self,

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from entrocraft import Decision, PolicyObjective, Rollouts, TokenStats
+from entrocraft import Decision, ImportanceWeights, PolicyObjective, Rollouts, TokenStats
 from entrocraft.losses import PPOClip
 from entrocraft.methods import Method, State, Tokens, make_objective
 from entrocraft.objective import LossFn
@@ -37,6 +37,8 @@ class Learning:
     """bool: rollouts that the advantage estimator leaves in the batch at all. None: every one."""
     penalty: Penalty | None = None
     """What leaving the reference costs, for the same T tokens that are given to `make_share`."""
+    importance: ImportanceWeights | None = None
+    """Correction for a sampler that is not the policy, where the sampler gives its log-probabilities."""
 
     def objective(
         self, rollouts: Rollouts, stats: TokenStats, old_logprob_T: Tensor, advantage_R: Tensor, keep_T: Tensor | None,
@@ -52,6 +54,7 @@ class Learning:
             rollout_T=rollouts.rollout_T,
             group_R=rollouts.group_R,
             keep_T=keep_T,
+            importance_T=self.importance_T(rollouts, old_logprob_T, mask_T),
             seed=self.config.seed,
             step=self.step,
         )
@@ -59,6 +62,14 @@ class Learning:
         return make_objective(
             self.method, tokens, self.state, aggregation=self.aggregation, advantage_R=advantage_R, scale=scale
         )
+
+    def importance_T(self, rollouts: Rollouts, old_logprob_T: Tensor, mask_T: Tensor) -> Tensor | None:
+        """Weights of the policy at the start of the step over the sampler; None where there is nothing to correct."""
+        if self.importance is None or rollouts.sampler_logprob_T is None:
+            return None
+        return self.importance(
+            old_logprob_T, rollouts.sampler_logprob_T, rollouts.rollout_T, mask_T, rollouts.R
+        ).weight_T
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)

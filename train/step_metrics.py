@@ -7,9 +7,10 @@ from collections.abc import Callable
 
 import torch
 
-from entrocraft import Rollouts
+from entrocraft import Rollouts, TokenStats
 from entrocraft.train.errors import NonFiniteError
 from entrocraft.train.metrics import MetricsLog
+from entrocraft.train.mismatch import mismatch_metrics
 from entrocraft.train.rewards import RewardBatch
 from entrocraft.train.run import Run
 
@@ -72,3 +73,21 @@ def report_rewards(run: Run, rewards: RewardBatch, log: MetricsLog, say: Callabl
     if not run.told_of_rewards:
         run.told_of_rewards = True
         say(f"step {run.step}: no verdict on {missing} of {len(rewards.reward_R)} rollouts: {counts}")
+
+
+def watch_mismatch(
+    run: Run, rollouts: Rollouts, stats: TokenStats, log: MetricsLog, say: Callable[[str], None]
+) -> dict[str, float]:
+    """Distance between sampler and policy, and the importance weights made of it; an event and a line on an alarm.
+
+    Raises TrainingStopped beyond `mismatch.stop`.
+    """
+    metrics = mismatch_metrics(stats.logprob_T, rollouts)
+    alarm = run.mismatch.observe(run.step, metrics)
+    if alarm is not None:
+        log.event("mismatch_alarm", step=run.step, reason=alarm, weight_version=rollouts.weight_version)
+        say(f"step {run.step}: {alarm}")
+    if metrics and run.importance is not None and rollouts.sampler_logprob_T is not None:
+        packed = rollouts.rollout_T, rollouts.mask_T, rollouts.R
+        metrics |= run.importance(stats.logprob_T, rollouts.sampler_logprob_T, *packed).metrics
+    return metrics | ({"mismatch_alarm": float(alarm is not None)} if metrics else {})

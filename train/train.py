@@ -32,28 +32,27 @@ from entrocraft.train.policy import choose_device
 from entrocraft.train.progress import Progress
 from entrocraft.train.report import write_report
 from entrocraft.train.rewards import RewardPool
-from entrocraft.train.run import SAMPLE, Run, check_finite
+from entrocraft.train.run import Run, check_finite
 from entrocraft.train.sharding import compute_dtype, needs_sharding
 from entrocraft.train.spread import SilentLog, SpreadPool
 from entrocraft.train.step import update
-from entrocraft.train.step_metrics import Clock, batch_metrics, check_verdicts, report_rewards
+from entrocraft.train.step_metrics import Clock, batch_metrics, check_verdicts, report_rewards, watch_mismatch
 
 
 def train_step(run: Run, pool: SpreadPool, log: MetricsLog, say: Callable[[str], None]) -> dict[str, float | str]:
     """One step: sample, reward, score, decide, update, publish. Returns its metrics; `say` tells of trouble."""
     config, clock = run.config, Clock()
-    chosen = run.order.next(config.batch.prompts_per_step)
-    rollouts = run.engine.sample(
-        [run.prompts[i] for i in chosen], config.batch.samples_per_prompt, stream=(config.seed, SAMPLE, run.step)
-    )
+    drawn, age = run.drawing.take(run.step, last=config.optimizer.steps)
+    rollouts = drawn.rollouts
     clock.lap("sample")
-    rewards = grade(rollouts, completion_texts(rollouts, run.policy), [run.problems[i] for i in chosen], pool)
+    rewards = grade(rollouts, completion_texts(rollouts, run.policy), [run.problems[i] for i in drawn.chosen], pool)
     clock.lap("reward")
-    row: dict[str, float | str] = {"lr": run.set_learning_rate()}
+    row: dict[str, float | str] = {"lr": run.set_learning_rate(), "staleness": float(age)}
     try:
         check_verdicts(rewards)
         stats = run.policy.score(rollouts, config.batch.tokens_per_microbatch)
         check_finite(stats)
+        row |= watch_mismatch(run, rollouts, stats, log, say)
         clock.lap("score")
         decision, learning = run.decide(rollouts, stats, rewards.reward_R)
         row |= {**decision.metrics, "reason": decision.reason}
@@ -65,7 +64,9 @@ def train_step(run: Run, pool: SpreadPool, log: MetricsLog, say: Callable[[str],
         run.skip_step(rollouts, rewards.reward_R, str(error), log)
         say(f"step {run.step} skipped: {error}")
     clock.lap("update")
-    run.engine.publish(run.step)
+    run.drawing.settle()
+    row |= run.engine.publish(run.step)
+    clock.lap("publish")
     run.samples += rollouts.R
     report_rewards(run, rewards, log, say)
     return row | batch_metrics(run, rollouts, rewards) | clock.metrics(rollouts.T)
@@ -75,6 +76,7 @@ def train(run: Run, pool: SpreadPool, log: MetricsLog, progress: Progress, inter
     """Steps until the run's last one or until interrupted; evaluates, logs and saves on the way."""
     config = run.config
     saved = run.step
+    run.engine.publish(run.step)
     while run.step < config.optimizer.steps and not run.ranks.any(interrupt.requested):
         run.step += 1
         row = train_step(run, pool, log, progress.print)
