@@ -177,18 +177,24 @@ class RewardConfig:
     """How a rollout is scored."""
 
     name: str = "math_verify"
-    """`math_verify`, `sum_pair`, or the import path `package.module:function` of your own
-    `(completion, answer, prompt) -> float | None`."""
+    """The reward that decides what is right: `math_verify`, `strict_box`, `sum_pair`, or the import path
+    `package.module:function` of your own `(completion, answer, prompt) -> float | None`, `async` or not."""
+    weight: float = 1.0
+    """What that reward is multiplied by in the sum with those of `also`."""
+    also: dict[str, float] = field(default_factory=dict)
+    """Further rewards by name or import path, with their weights: `{my_rewards:brief: 0.1, strict_box: 0}`; 0 records a
+    score without counting it."""
     workers: int = 2
     """Processes that score; each can be killed. 0 scores in this process, without a time limit."""
     timeout_s: float = 10.0
     """Seconds one rollout may take; then its worker is killed and the rollout has no verdict."""
     signed: bool = False
-    """Map scores 0..1 to -1..+1; the rule `switch` needs -1/+1."""
+    """Map scores 0..1 of `name` to -1..+1; the rule `switch` needs -1/+1."""
 
     def __post_init__(self) -> None:
         _require(self.workers >= 0, "reward.workers", self.workers, "0 or more")
         _require(self.timeout_s > 0, "reward.timeout_s", self.timeout_s, "a number of seconds above 0")
+        _require(self.name not in self.also, "reward.also", self.also, f"rewards other than reward.name = {self.name}")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -63,8 +63,8 @@ def evaluate(
     """
     rollouts = engine.sample(prompts, samples, stream=stream, temperature=temperature)
     texts = completion_texts(rollouts, policy)
-    reward_R = grade(rollouts, texts, problems, pool).reward_R
-    right_R = reward_R >= 1.0
+    rewards = grade(rollouts, texts, problems, pool)
+    reward_R, right_R = rewards.reward_R, rewards.right_R
     right_by_problem: list[list[str]] = [[] for _ in problems]
     for g, right, text in zip(rollouts.group_R.tolist(), right_R.tolist(), texts, strict=True):
         if right:
@@ -107,8 +107,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     policy = Policy.load(config.model, temperature=config.sampling.temperature, device=device, seed=config.seed)
     engine = HuggingFaceEngine(policy.model, config.sampling, eos_ids=policy.eos_ids, pad_id=policy.pad_id)
     problems, prompts, dropped = load_prompts(config.data.eval, policy, config)
-    reward = config.reward
-    with RewardPool(reward.name, workers=reward.workers, timeout_s=reward.timeout_s, signed=reward.signed) as pool:
+    with RewardPool.of(config.reward) as pool:
         result = evaluate(
             policy,
             engine,

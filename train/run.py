@@ -22,7 +22,7 @@ from entrocraft.train.data import Problem, PromptOrder, drop_long, encode_prompt
 from entrocraft.train.errors import NonFiniteError, TrainingStopped
 from entrocraft.train.metrics import EVENTS_FILE, METRICS_FILE, MetricsLog
 from entrocraft.train.policy import Policy, choose_device
-from entrocraft.train.rewards import load_reward
+from entrocraft.train.rewards import RewardPool
 from entrocraft.train.sampling import HuggingFaceEngine
 from entrocraft.train.step import Learning
 
@@ -86,7 +86,7 @@ class Run:
         # Mistakes first, slow things after.
         self.method = build_method(config)
         self.method_state: State = {}
-        load_reward(config.reward.name)
+        RewardPool.of(config.reward)
         self.advantage = build_advantage(config.loss.advantage, **config.loss.advantage_options)
         torch.manual_seed(config.seed)
         device = choose_device(config.device)

@@ -34,15 +34,17 @@ class Clock:
 
 
 def batch_metrics(run: Run, rollouts: Rollouts, rewards: RewardBatch) -> dict[str, float]:
-    """Rewards, lengths and counts of one batch of rollouts. Reward means are over the rollouts with a verdict."""
-    reward_R = rewards.reward_R
+    """Rewards, lengths and counts of one batch of rollouts. Reward means are over the rollouts with a verdict; where
+    there are several rewards, each has its own mean as well."""
+    reward_R, several = rewards.reward_R, len(rewards.score_R) > 1
     verdicts = reward_R[~reward_R.isnan()].tolist()
     groups = [reward_g[~reward_g.isnan()] for reward_g in reward_R.split(run.config.batch.samples_per_prompt)]
     return {
         "samples": float(run.samples),
         "reward": statistics.fmean(verdicts) if verdicts else math.nan,
         "reward_std": statistics.pstdev(verdicts) if verdicts else math.nan,
-        "accuracy": (reward_R >= 1.0).float().mean().item(),
+        "accuracy": rewards.right_R.float().mean().item(),
+        **{f"reward_{name}": score_R.nanmean().item() for name, score_R in rewards.score_R.items() if several},
         "zero_variance_groups": float(sum(len(torch.unique(g)) <= 1 for g in groups)),
         "response_length": rollouts.length_R.float().mean().item(),
         "truncated_fraction": rollouts.truncated_R.float().mean().item(),

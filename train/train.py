@@ -101,7 +101,7 @@ def announce(run: Run, resumed: int | None, console: Console) -> None:
 
 def run_training(config: Config) -> Run:
     """Trains from the start or from the newest checkpoint, then writes the model and the report. Returns the run."""
-    console, interrupt, reward = Console(), Interrupt(), config.reward
+    console, interrupt = Console(), Interrupt()
     run = Run(config)
     resumed = run.resume()
     announce(run, resumed, console)
@@ -109,7 +109,7 @@ def run_training(config: Config) -> Run:
     try:
         with (
             interrupt.listening(),
-            RewardPool(reward.name, workers=reward.workers, timeout_s=reward.timeout_s, signed=reward.signed) as pool,
+            RewardPool.of(config.reward) as pool,
             MetricsLog(run.dir, resume_step=resumed) as log,
             Progress(config.optimizer.steps, run.step, console) as progress,
         ):
