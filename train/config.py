@@ -7,10 +7,9 @@ numbers are properties. `config_reader.py` fills these from files and the comman
 from dataclasses import dataclass, field
 from typing import Literal
 
-
-def _require(condition: bool, name: str, value: object, expected: str) -> None:
-    if not condition:
-        raise ValueError(f"{name} = {value!r}: expected {expected}")
+from entrocraft.train.config_check import require as _require
+from entrocraft.train.config_data import DataConfig
+from entrocraft.train.config_evaluation import EvaluationConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,44 +58,6 @@ class ModelConfig:
     """Whether code shipped with the model may run. Off: a downloaded model cannot execute anything here."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class DataConfig:
-    """Problems and how they become prompts."""
-
-    train: str | None = None
-    """JSONL file with one training problem a line."""
-    eval: str | None = None
-    """JSONL file with held-out problems; without it nothing is evaluated."""
-    prompt_field: str = "prompt"
-    """Field of a line that holds the problem's text."""
-    answer_field: str = "answer"
-    """Field of a line that holds the reference answer."""
-    # Not `str | None`: the command line reads an optional value as YAML, where a pattern such as #### is a comment.
-    answer_pattern: str = ""
-    """Regular expression whose one group extracts the answer from `answer_field`, e.g. '####\\s*(.+)$' for GSM8K;
-    empty: the whole field."""
-    prompt_template: str = "{prompt}"
-    """Text around the problem; `{prompt}` is replaced."""
-    chat_template: bool = False
-    """Render the prompt as a user turn with the tokenizer's chat template."""
-    max_prompt_tokens: int = 1024
-    """Longest prompt, in tokens."""
-    on_long: Literal["error", "drop"] = "error"
-    """What to do with a longer prompt: stop, or drop the problem and count it."""
-    limit: int | None = None
-    """Use only the first so many problems of each file."""
-
-    def __post_init__(self) -> None:
-        _require(
-            "{prompt}" in self.prompt_template,
-            "data.prompt_template",
-            self.prompt_template,
-            "a text with {prompt}",
-        )
-        _require(self.max_prompt_tokens > 0, "data.max_prompt_tokens", self.max_prompt_tokens, "a positive number")
-        _require(self.limit is None or self.limit > 0, "data.limit", self.limit, "a positive number, or nothing")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -338,23 +299,6 @@ class OptimizerConfig:
             _require(getattr(self, name) >= 0, f"optimizer.{name}", getattr(self, name), "0 or more")
         _require(all(0 <= beta < 1 for beta in self.betas), "optimizer.betas", self.betas, "two numbers in [0, 1)")
         _require(self.max_bad_steps > 0, "optimizer.max_bad_steps", self.max_bad_steps, "a positive number")
-
-
-@dataclass(frozen=True, kw_only=True)
-class EvaluationConfig:
-    """Held-out problems, sampled now and then."""
-
-    every: int = 0
-    """Steps between evaluations; 0: only after the last step."""
-    samples: int = 8
-    """Rollouts per held-out problem; pass@samples is reported."""
-    temperature: float = 1.0
-    """Sampling temperature of the evaluation."""
-
-    def __post_init__(self) -> None:
-        _require(self.every >= 0, "evaluation.every", self.every, "0 or more")
-        _require(self.samples > 0, "evaluation.samples", self.samples, "a positive number")
-        _require(self.temperature > 0, "evaluation.temperature", self.temperature, "a number above 0")
 
 
 @dataclass(frozen=True, kw_only=True)

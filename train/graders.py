@@ -56,7 +56,7 @@ def strict_box(completion: str, answer: str, prompt: str) -> float:
     No value is read: "25" is not "025", nor "1/2" "0.5". This is how the published AIME results were graded; record
     it beside `math_verify` (`reward.also: {strict_box: 0}`) to compare with them.
     """
-    box = _last_box(completion[-_STRICT_TAIL:])
+    box = last_box(completion[-_STRICT_TAIL:])
     return float(box is not None and box == answer)
 
 
@@ -87,14 +87,14 @@ def _parsed_gold(answer: str) -> tuple[Any, ...]:
     """Sympy values of the gold; cached because every completion of a group asks for the same one."""
     # Said once per process, at the first call with its time limits off; ours are in RewardPool.
     logging.getLogger("math_verify").setLevel(logging.ERROR)
-    text = _last_box(answer) if _BOX.search(answer) else answer.strip()
+    text = last_box(answer) if _BOX.search(answer) else answer.strip()
     return tuple(_parse_latex(_bare(text))) if text else ()
 
 
 def _final_answer(completion: str, answer: str) -> list[Any]:
     from math_verify import ExprExtractionConfig, parse
 
-    box = _last_box(completion)
+    box = last_box(completion)
     if box is not None:
         box = box if _CHOICE.fullmatch(answer) else _LABEL.sub("", box.strip(), count=1)
         bare = _bare(box)
@@ -140,7 +140,7 @@ def _parse_latex(content: str) -> list[Any]:
     )
 
 
-def _last_box(text: str) -> str | None:
+def last_box(text: str) -> str | None:
     r"""What the last `\boxed{...}` with balanced braces holds, or None. An unclosed box is none: it was cut off."""
     opened = {match.end() - 1: match.end() for match in _BOX.finditer(text)}
     if not opened:

@@ -1,5 +1,6 @@
 """Rollout engines: prompts in, `Rollouts` out."""
 
+import copy
 from collections.abc import Sequence
 from typing import Any, Protocol
 
@@ -27,9 +28,10 @@ class RolloutEngine(Protocol):
         *,
         stream: Sequence[int],
         temperature: float | None = None,
+        settings: SamplingConfig | None = None,
     ) -> Rollouts:
         """Draws `samples_per_prompt` responses to each prompt. Equal weights, prompts and `stream` give equal
-        rollouts."""
+        rollouts. `settings` stand in for the engine's own (evaluation)."""
         ...
 
 
@@ -62,12 +64,17 @@ class HuggingFaceEngine:
         *,
         stream: Sequence[int],
         temperature: float | None = None,
+        settings: SamplingConfig | None = None,
     ) -> Rollouts:
         """Draws R = P x G responses, with random numbers that are a function of `stream` alone.
 
-        `temperature` overrides the configured one (evaluation). A response ends with its end mark, which is part of
+        `settings` stand in for the configured ones (evaluation), `temperature` for theirs. A response ends with its end mark, which is part of
         it, or is truncated at `sampling.max_response_tokens`.
         """
+        if settings is not None:
+            other = copy.copy(self)
+            other.config = settings
+            return other.sample(prompts, samples_per_prompt, stream=stream, temperature=temperature)
         group_R = torch.arange(len(prompts)).repeat_interleave(samples_per_prompt)
         rows = [prompts[g] for g in group_R.tolist()]
         size = self.config.rollouts_per_batch

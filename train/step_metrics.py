@@ -3,13 +3,15 @@
 import math
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 
 from entrocraft import Rollouts
+from entrocraft.train.data import Problem
 from entrocraft.train.errors import NonFiniteError
-from entrocraft.train.metrics import MetricsLog
+from entrocraft.train.evaluation import sample_rows, spread_out
+from entrocraft.train.metrics import SAMPLES_FILE, MetricsLog
 from entrocraft.train.rewards import RewardBatch
 from entrocraft.train.run import Run
 
@@ -41,6 +43,7 @@ def batch_metrics(run: Run, rollouts: Rollouts, rewards: RewardBatch) -> dict[st
     groups = [reward_g[~reward_g.isnan()] for reward_g in reward_R.split(run.config.batch.samples_per_prompt)]
     return {
         "samples": float(run.samples),
+        "prompts": float(run.step * run.config.batch.prompts_per_step),
         "reward": statistics.fmean(verdicts) if verdicts else math.nan,
         "reward_std": statistics.pstdev(verdicts) if verdicts else math.nan,
         "accuracy": rewards.right_R.float().mean().item(),
@@ -74,3 +77,19 @@ def report_rewards(run: Run, rewards: RewardBatch, log: MetricsLog, say: Callabl
     if not run.told_of_rewards:
         run.told_of_rewards = True
         say(f"step {run.step}: no verdict on {missing} of {len(rewards.reward_R)} rollouts: {counts}")
+
+
+def save_samples(
+    run: Run,
+    rollouts: Rollouts,
+    texts: Sequence[str],
+    rewards: RewardBatch,
+    problems: Sequence[Problem],
+    log: MetricsLog,
+) -> None:
+    """Writes some of a step's rollouts, with their rewards, to `samples.jsonl`, every `saved_samples_every` steps."""
+    evaluation = run.config.evaluation
+    if not evaluation.saved_samples_every or run.step % evaluation.saved_samples_every:
+        return
+    rows = spread_out(sample_rows(rollouts, texts, rewards, problems), evaluation.saved_samples)
+    log.rows(SAMPLES_FILE, [{"step": run.step, "kind": "training", **row} for row in rows])

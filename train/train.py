@@ -21,15 +21,15 @@ from rich.table import Table
 from entrocraft.train.config import Config
 from entrocraft.train.config_reader import load_config
 from entrocraft.train.errors import NonFiniteError, TrainingStopped
-from entrocraft.train.evaluation import completion_texts, evaluate, grade
+from entrocraft.train.evaluation import completion_texts, evaluate_run, grade
 from entrocraft.train.interrupt import Interrupt
 from entrocraft.train.metrics import METRICS_FILE, MetricsLog
 from entrocraft.train.progress import Progress
 from entrocraft.train.report import write_report
 from entrocraft.train.rewards import RewardPool
-from entrocraft.train.run import SAMPLE, Run, check_finite
+from entrocraft.train.run import EVALUATE, SAMPLE, Run, check_finite
 from entrocraft.train.step import update
-from entrocraft.train.step_metrics import Clock, batch_metrics, check_verdicts, report_rewards
+from entrocraft.train.step_metrics import Clock, batch_metrics, check_verdicts, report_rewards, save_samples
 
 
 def train_step(run: Run, pool: RewardPool, log: MetricsLog, say: Callable[[str], None]) -> dict[str, float | str]:
@@ -40,7 +40,8 @@ def train_step(run: Run, pool: RewardPool, log: MetricsLog, say: Callable[[str],
         [run.prompts[i] for i in chosen], config.batch.samples_per_prompt, stream=(config.seed, SAMPLE, run.step)
     )
     clock.lap("sample")
-    rewards = grade(rollouts, completion_texts(rollouts, run.policy), [run.problems[i] for i in chosen], pool)
+    texts, problems = completion_texts(rollouts, run.policy), [run.problems[i] for i in chosen]
+    rewards = grade(rollouts, texts, problems, pool)
     clock.lap("reward")
     row: dict[str, float | str] = {"lr": run.set_learning_rate()}
     try:
@@ -61,6 +62,7 @@ def train_step(run: Run, pool: RewardPool, log: MetricsLog, say: Callable[[str],
     run.engine.publish(run.step)
     run.samples += rollouts.R
     report_rewards(run, rewards, log, say)
+    save_samples(run, rollouts, texts, rewards, problems, log)
     return row | batch_metrics(run, rollouts, rewards) | clock.metrics(rollouts.T)
 
 
@@ -71,11 +73,8 @@ def train(run: Run, pool: RewardPool, log: MetricsLog, progress: Progress, inter
     while run.step < config.optimizer.steps and not interrupt.requested:
         run.step += 1
         row = train_step(run, pool, log, progress.print)
-        last = run.step == config.optimizer.steps
-        if run.held_out and (last or (config.evaluation.every and run.step % config.evaluation.every == 0)):
-            row |= evaluate(
-                run.policy, run.engine, run.held_out, run.held_out_prompts, pool, **run.evaluation_options()
-            )
+        if run.evaluation_due():
+            row |= evaluate_run(run, pool, log, (config.seed, EVALUATE, run.step))
         log.log(run.step, row)
         progress.update(run.step, row)
         if run.bad_in_a_row >= config.optimizer.max_bad_steps:
@@ -113,8 +112,8 @@ def run_training(config: Config) -> Run:
             MetricsLog(run.dir, resume_step=resumed) as log,
             Progress(config.optimizer.steps, run.step, console) as progress,
         ):
-            if run.dropped and resumed is None:
-                log.event("prompts_dropped", count=run.dropped, limit=config.data.max_prompt_tokens)
+            if resumed is None:
+                run.data.report(run.dir, log, console.print, config.data)
             train(run, pool, log, progress, interrupt)
         run.policy.save(run.dir / "model")
     finally:
