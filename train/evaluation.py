@@ -80,7 +80,7 @@ def evaluate(
     on gives what it would have given. ValueError if `first` does not begin a batch.
     """
     size = max(1, config.evaluation.rollouts_per_batch // held.samples)
-    if first % size:
+    if first % size and first < len(held.problems):
         raise ValueError(f"first={first} does not begin a batch of {size} problems")
     settings = sampling_settings(config)
     for start in range(first, len(held.problems), size):

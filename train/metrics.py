@@ -97,7 +97,7 @@ class MetricsLog:
         """
         if rows:
             with (self.run_dir / file).open("a", encoding="utf-8") as opened:
-                opened.writelines(json.dumps(_finite(row), ensure_ascii=False) + "\n" for row in rows)
+                opened.writelines(json.dumps(finite(row), ensure_ascii=False) + "\n" for row in rows)
 
     def close(self) -> None:
         """Flush and close all files. May be called twice."""
@@ -129,11 +129,12 @@ def read_samples(run_dir: str | Path) -> list[dict[str, Any]]:
     return _read_rows(path) if path.is_file() else []
 
 
-def _finite(value: Any) -> Any:
+def finite(value: Any) -> Any:
+    """`value` with null for every float that is not finite, and text that UTF-8 can hold."""
     if isinstance(value, Mapping):
-        return {key: _finite(item) for key, item in value.items()}
+        return {key: finite(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_finite(item) for item in value]
+        return [finite(item) for item in value]
     if isinstance(value, str):  # half of a surrogate pair, as a byte-level model may write, is not UTF-8
         return value.encode("utf-8", "replace").decode("utf-8")
     return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -38,26 +38,9 @@ class UnusableRowError(ValueError):
     """A row without text or without an answer; collections of problems have some."""
 
 
-def load_problems(
-    path: str | Path,
-    *,
-    prompt_field: str,
-    answer_field: str,
-    prompt_template: str = "{prompt}",
-    answer_pattern: str | None = None,
-    limit: int | None = None,
-    **where: str,
-) -> list[Problem]:
+def load_problems(path: str | Path, *, prompt_field: str, answer_field: str, **options: Any) -> list[Problem]:
     """As `read_problems`, for a set of which every row must be usable."""
-    return read_problems(
-        path,
-        prompt_field=prompt_field,
-        answer_field=answer_field,
-        prompt_template=prompt_template,
-        answer_pattern=answer_pattern,
-        limit=limit,
-        **where,
-    )[0]
+    return read_problems(path, prompt_field=prompt_field, answer_field=answer_field, **options)[0]
 
 
 def read_problems(
@@ -69,13 +52,14 @@ def read_problems(
     answer_pattern: str | None = None,
     limit: int | None = None,
     on_missing: Literal["error", "drop"] = "error",
-    **where: str,
+    split: str = "train",
+    subset: str = "",
+    revision: str = "",
 ) -> tuple[list[Problem], list[str]]:
     r"""The problems of a set, and what was wrong with each row that was dropped.
 
     Args:
-        path: a JSONL or parquet file, a folder of them, or a hub id; `where` (`split`, `subset`, `revision`) says
-            which part of the latter two.
+        path: a JSONL or parquet file, a folder of them, or a hub id.
         prompt_field: column of the question; its value must be a non-empty string.
         answer_field: column of the gold answer; a string or a number (27.0 is read as "27").
         prompt_template: text in which the literal `{prompt}` is replaced by the question. Other braces,
@@ -84,6 +68,7 @@ def read_problems(
             the gold. GSM8K: `r"####\s*(.+)$"`. "boxed" takes what the last `\boxed{}` holds.
         limit: read at most this many problems, from the top of the set.
         on_missing: "drop" leaves out rows without a question or an answer instead of raising.
+        split, subset, revision: which part of a folder or of a data set of the hub.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -97,7 +82,8 @@ def read_problems(
     extract = _extractor(answer_pattern)
     problems: list[Problem] = []
     dropped: list[str] = []
-    for index, (place, row) in enumerate(rows(path, [prompt_field, answer_field], **where)):
+    found = rows(path, [prompt_field, answer_field], split=split, subset=subset, revision=revision)
+    for index, (place, row) in enumerate(found):
         prompt = _field(row, prompt_field, place, argument="prompt_field")
         value = _field(row, answer_field, place, argument="answer_field")
         try:

@@ -68,8 +68,8 @@ class HuggingFaceEngine:
     ) -> Rollouts:
         """Draws R = P x G responses, with random numbers that are a function of `stream` alone.
 
-        `settings` stand in for the configured ones (evaluation), `temperature` for theirs. A response ends with its end mark, which is part of
-        it, or is truncated at `sampling.max_response_tokens`.
+        `settings` stand in for the configured ones (evaluation), `temperature` for theirs. A response ends with its
+        end mark, which is part of it, or is truncated at `max_response_tokens`.
         """
         if settings is not None:
             other = copy.copy(self)
