@@ -23,8 +23,8 @@ def train(argv: Sequence[str]) -> int | None:
 
 
 def evaluate(argv: Sequence[str]) -> int | None:
-    """measure a trained model on held-out problems"""
-    from entrocraft.train.evaluation import main
+    """measure a model on held-out problems: mean@n, pass@k, intervals"""
+    from entrocraft.train.eval_command import main
 
     return main(argv)
 

@@ -7,15 +7,13 @@ numbers are properties. `config_reader.py` fills these from files and the comman
 from dataclasses import dataclass, field
 from typing import Literal
 
+from entrocraft.train.config_check import require as _require
+from entrocraft.train.config_data import DataConfig
 from entrocraft.train.config_engine import EngineConfig, ImportanceConfig, MismatchConfig, SamplingConfig
+from entrocraft.train.config_evaluation import EvaluationConfig
 from entrocraft.train.config_lora import LoraConfig
 from entrocraft.train.config_parallel import ParallelConfig
 from entrocraft.train.config_reference import ReferenceConfig
-
-
-def _require(condition: bool, name: str, value: object, expected: str) -> None:
-    if not condition:
-        raise ValueError(f"{name} = {value!r}: expected {expected}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,44 +68,6 @@ class ModelConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class DataConfig:
-    """Problems and how they become prompts."""
-
-    train: str | None = None
-    """JSONL file with one training problem a line."""
-    eval: str | None = None
-    """JSONL file with held-out problems; without it nothing is evaluated."""
-    prompt_field: str = "prompt"
-    """Field of a line that holds the problem's text."""
-    answer_field: str = "answer"
-    """Field of a line that holds the reference answer."""
-    # Not `str | None`: the command line reads an optional value as YAML, where a pattern such as #### is a comment.
-    answer_pattern: str = ""
-    """Regular expression whose one group extracts the answer from `answer_field`, e.g. '####\\s*(.+)$' for GSM8K;
-    empty: the whole field."""
-    prompt_template: str = "{prompt}"
-    """Text around the problem; `{prompt}` is replaced."""
-    chat_template: bool = False
-    """Render the prompt as a user turn with the tokenizer's chat template."""
-    max_prompt_tokens: int = 1024
-    """Longest prompt, in tokens."""
-    on_long: Literal["error", "drop"] = "error"
-    """What to do with a longer prompt: stop, or drop the problem and count it."""
-    limit: int | None = None
-    """Use only the first so many problems of each file."""
-
-    def __post_init__(self) -> None:
-        _require(
-            "{prompt}" in self.prompt_template,
-            "data.prompt_template",
-            self.prompt_template,
-            "a text with {prompt}",
-        )
-        _require(self.max_prompt_tokens > 0, "data.max_prompt_tokens", self.max_prompt_tokens, "a positive number")
-        _require(self.limit is None or self.limit > 0, "data.limit", self.limit, "a positive number, or nothing")
-
-
-@dataclass(frozen=True, kw_only=True)
 class BatchConfig:
     """The four batch numbers. There are no others; what follows from them is printed when a run starts."""
 
@@ -147,18 +107,24 @@ class RewardConfig:
     """How a rollout is scored."""
 
     name: str = "math_verify"
-    """`math_verify`, `sum_pair`, or the import path `package.module:function` of your own
-    `(completion, answer, prompt) -> float | None`."""
+    """The reward that decides what is right: `math_verify`, `strict_box`, `sum_pair`, or the import path
+    `package.module:function` of your own `(completion, answer, prompt) -> float | None`, `async` or not."""
+    weight: float = 1.0
+    """What that reward is multiplied by in the sum with those of `also`."""
+    also: dict[str, float] = field(default_factory=dict)
+    """Further rewards by name or import path, with their weights: `{my_rewards:brief: 0.1, strict_box: 0}`; 0 records a
+    score without counting it."""
     workers: int = 2
     """Processes that score; each can be killed. 0 scores in this process, without a time limit."""
     timeout_s: float = 10.0
     """Seconds one rollout may take; then its worker is killed and the rollout has no verdict."""
     signed: bool = False
-    """Map scores 0..1 to -1..+1; the rule `switch` needs -1/+1."""
+    """Map scores 0..1 of `name` to -1..+1; the rule `switch` needs -1/+1."""
 
     def __post_init__(self) -> None:
         _require(self.workers >= 0, "reward.workers", self.workers, "0 or more")
         _require(self.timeout_s > 0, "reward.timeout_s", self.timeout_s, "a number of seconds above 0")
+        _require(self.name not in self.also, "reward.also", self.also, f"rewards other than reward.name = {self.name}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -306,23 +272,6 @@ class OptimizerConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvaluationConfig:
-    """Held-out problems, sampled now and then."""
-
-    every: int = 0
-    """Steps between evaluations; 0: only after the last step."""
-    samples: int = 8
-    """Rollouts per held-out problem; pass@samples is reported."""
-    temperature: float = 1.0
-    """Sampling temperature of the evaluation."""
-
-    def __post_init__(self) -> None:
-        _require(self.every >= 0, "evaluation.every", self.every, "0 or more")
-        _require(self.samples > 0, "evaluation.samples", self.samples, "a positive number")
-        _require(self.temperature > 0, "evaluation.temperature", self.temperature, "a number above 0")
-
-
-@dataclass(frozen=True, kw_only=True)
 class CheckpointConfig:
     """Saving and resuming."""
 
@@ -350,9 +299,9 @@ class Config:
     device: str = "auto"
     """`cpu`, `cuda`, or `auto`: CUDA where there is one."""
     model: ModelConfig = ModelConfig()
-    lora: LoraConfig = LoraConfig()  # noqa: RUF009 (it is frozen, as are the two below)
-    reference: ReferenceConfig = ReferenceConfig()  # noqa: RUF009
-    parallel: ParallelConfig = ParallelConfig()  # noqa: RUF009
+    lora: LoraConfig = LoraConfig()
+    reference: ReferenceConfig = ReferenceConfig()
+    parallel: ParallelConfig = ParallelConfig()
     data: DataConfig = DataConfig()
     batch: BatchConfig = BatchConfig()
     sampling: SamplingConfig = SamplingConfig()

@@ -67,6 +67,7 @@ EXTRAS = (
         "for verl's trainers beside this package's two imports",
         "needs transformers < 5.11: its own environment, without constraints.txt",
     ),
+    Extra("data", ("datasets", "pyarrow"), "problems from parquet files, folders and the Hugging Face hub"),
     Extra("wandb", ("wandb",), "metrics on Weights & Biases; the trainer does not write there yet"),
     Extra("bench", ("pytest-benchmark",), "pytest bench"),
     Extra("dev", ("ruff", "pyright", "hypothesis"), "make lint, make test"),

@@ -1,4 +1,4 @@
-"""The record of a run: `metrics.jsonl`, `events.jsonl` and TensorBoard scalars.
+"""The record of a run: `metrics.jsonl`, `events.jsonl`, TensorBoard scalars, evaluations and samples of text.
 
 One JSON object a line, written and flushed at once, so that a killed run loses at most the line it was
 writing. JSON has no NaN; what is not finite is written as null and read back as None.
@@ -9,16 +9,18 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
 from entrocraft.train.progress import Progress
 
-__all__ = ["MetricsLog", "Progress", "read_events", "read_metrics"]
+__all__ = ["MetricsLog", "Progress", "read_events", "read_metrics", "read_samples"]
 
 METRICS_FILE = "metrics.jsonl"
 EVENTS_FILE = "events.jsonl"
+EVALUATIONS_FILE = "evaluations.jsonl"
+SAMPLES_FILE = "samples.jsonl"
 TENSORBOARD_FOLDER = "tensorboard"
 
 
@@ -48,8 +50,8 @@ class MetricsLog:
                     "or pass resume_step=0 to write over it"
                 )
         else:
-            _cut(metrics, resume_step)
-            _cut(events, resume_step)
+            for name in (METRICS_FILE, EVENTS_FILE, EVALUATIONS_FILE, SAMPLES_FILE):
+                _cut(self.run_dir / name, resume_step)
         self._last_step = -1 if resume_step is None else resume_step
         self._metrics: TextIO = metrics.open("a", encoding="utf-8")
         self._events: TextIO = events.open("a", encoding="utf-8")
@@ -89,6 +91,14 @@ class MetricsLog:
         """
         _append(self._events, {"kind": kind} | {name: _plain(name, value) for name, value in fields.items()})
 
+    def rows(self, file: str, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Append rows, each with the `step` it belongs to, to a file of the run other than the metrics. What is not a
+        finite number in them becomes null.
+        """
+        if rows:
+            with (self.run_dir / file).open("a", encoding="utf-8") as opened:
+                opened.writelines(json.dumps(finite(row), ensure_ascii=False) + "\n" for row in rows)
+
     def close(self) -> None:
         """Flush and close all files. May be called twice."""
         self._metrics.close()
@@ -111,6 +121,23 @@ def read_events(run_dir: str | Path) -> list[dict[str, Any]]:
     """The rows of `events.jsonl`; none if the run had no events."""
     path = Path(run_dir) / EVENTS_FILE
     return _read_rows(path) if path.is_file() else []
+
+
+def read_samples(run_dir: str | Path) -> list[dict[str, Any]]:
+    """The rows of `samples.jsonl`; none if the run saved none."""
+    path = Path(run_dir) / SAMPLES_FILE
+    return _read_rows(path) if path.is_file() else []
+
+
+def finite(value: Any) -> Any:
+    """`value` with null for every float that is not finite, and text that UTF-8 can hold."""
+    if isinstance(value, Mapping):
+        return {key: finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(item) for item in value]
+    if isinstance(value, str):  # half of a surrogate pair, as a byte-level model may write, is not UTF-8
+        return value.encode("utf-8", "replace").decode("utf-8")
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _append(file: TextIO, row: dict[str, Any]) -> None:

@@ -17,7 +17,7 @@ import jinja2
 
 from entrocraft.train.arms_figure import plot_arms
 from entrocraft.train.figures import Rows, column, plot_run
-from entrocraft.train.metrics import METRICS_FILE, read_events, read_metrics
+from entrocraft.train.metrics import METRICS_FILE, read_events, read_metrics, read_samples
 from entrocraft.train.report_page import COMPARE_PAGE, REPORT_PAGE
 
 __all__ = ["compare_runs", "plot_arms", "summarise", "write_report"]
@@ -28,6 +28,10 @@ _DECISIONS = 12
 """Last decisions of the controller shown on the page."""
 _EVENTS = 20
 """Last events shown on the page; all are counted."""
+_SAMPLES = 12
+"""Last saved rollouts shown on the page, of training and of evaluation each."""
+_SAMPLE_LENGTH = 1_500
+"""Characters of a prompt or response shown; `samples.jsonl` has all of it."""
 _HIDDEN = ("step", "reason")
 """Columns of metrics.jsonl that the table of final numbers leaves out."""
 
@@ -53,6 +57,7 @@ def write_report(run_dir: str | Path) -> Path:
         decisions=[row for row in rows if row.get("reason")][-_DECISIONS:][::-1],
         event_counts=Counter(str(event.get("kind")) for event in events).most_common(),
         events=events[-_EVENTS:][::-1],
+        samples=_samples(run_dir),
         config=config.read_text(encoding="utf-8") if config.is_file() else None,
     )
     path = run_dir / "report.html"
@@ -153,6 +158,19 @@ def _evaluation_table(rows: Rows) -> dict[str, Any] | None:
         return None
     evaluated = [row for row in rows if any(row.get(name) is not None for name in names)]
     return {"names": names, "rows": [[row["step"], *(row.get(name) for name in names)] for row in evaluated]}
+
+
+def _samples(run_dir: Path) -> list[dict[str, Any]]:
+    """The newest saved rollouts, of training first, texts cut to a readable length."""
+    rows = read_samples(run_dir)
+    kinds = ("training", "evaluation")
+    newest = [row for kind in kinds for row in [row for row in rows if row.get("kind") == kind][-_SAMPLES:]]
+    return [row | {name: _cut(str(row.get(name, ""))) for name in ("prompt", "response")} for row in newest]
+
+
+def _cut(text: str) -> str:
+    half = _SAMPLE_LENGTH // 2
+    return text if len(text) <= _SAMPLE_LENGTH else f"{text[:half]}\n[...]\n{text[-half:]}"
 
 
 def _metric_table(rows: Rows) -> list[tuple[str, float, float, float, float, float]]:

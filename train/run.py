@@ -19,17 +19,19 @@ from entrocraft.train.checkpoint import CheckpointFolder
 from entrocraft.train.config import Config
 from entrocraft.train.config_reader import differences, save_config, to_dict
 from entrocraft.train.control import build_controller, build_method
-from entrocraft.train.data import Problem, PromptOrder, drop_long, encode_prompts, load_problems
+from entrocraft.train.data import PromptOrder
 from entrocraft.train.drawing import Drawing
 from entrocraft.train.engines import build_engine
 from entrocraft.train.errors import NonFiniteError, TrainingStopped
+from entrocraft.train.evaluation import sampling_settings
 from entrocraft.train.loading import load
-from entrocraft.train.metrics import EVENTS_FILE, METRICS_FILE, MetricsLog
+from entrocraft.train.metrics import EVALUATIONS_FILE, EVENTS_FILE, METRICS_FILE, SAMPLES_FILE, MetricsLog
 from entrocraft.train.mismatch import MismatchWatch, build_importance
 from entrocraft.train.parallel import Ranks
 from entrocraft.train.policy import Policy, choose_device
+from entrocraft.train.problem_sets import Problems
 from entrocraft.train.reference import Reference, divergence
-from entrocraft.train.rewards import load_reward
+from entrocraft.train.rewards import RewardPool
 from entrocraft.train.spread import SpreadEngine
 from entrocraft.train.step import Learning
 
@@ -41,46 +43,6 @@ _FREE_ON_RESUME = (
     *("run_dir", "resume", "checkpoint.", "evaluation.", "reward.workers"),
     *(f"parallel.{name}" for name in ("shard_ranks", "reshard_after_forward", "cpu_offload", "timeout_s")),
 )
-
-
-def load_prompts(path: str, policy: Policy, config: Config) -> tuple[list[Problem], list[tuple[int, ...]], int]:
-    """Problems of a file, their prompts as token ids, and how many were dropped as too long.
-
-    Raises ValueError when prompt and response cannot both fit into the model's context.
-    """
-    data = config.data
-    room = policy.context - config.sampling.max_response_tokens
-    if room < 1:
-        raise ValueError(
-            f"sampling.max_response_tokens = {config.sampling.max_response_tokens}: the model's context of "
-            f"{policy.context} tokens has no room left for a prompt; lower it"
-        )
-    problems = load_problems(
-        path,
-        prompt_field=data.prompt_field,
-        answer_field=data.answer_field,
-        prompt_template=data.prompt_template,
-        answer_pattern=data.answer_pattern or None,
-        limit=data.limit,
-    )
-    limit = min(data.max_prompt_tokens, room)
-    try:
-        encoded = encode_prompts(
-            problems,
-            policy.tokenizer,
-            chat_template=data.chat_template,
-            max_prompt_tokens=limit,
-            on_long=data.on_long,
-        )
-    except ValueError as error:
-        if limit == data.max_prompt_tokens:
-            raise
-        response = config.sampling.max_response_tokens
-        raise ValueError(
-            f"{error} (the limit is the model's context of {policy.context} tokens less {response} for the response)"
-        ) from None
-    kept, prompts, dropped = drop_long(problems, encoded)
-    return kept, prompts, len(dropped)
 
 
 class Run:
@@ -99,7 +61,7 @@ class Run:
         self.method_state: State = {}
         self.importance = build_importance(config.importance)
         self.mismatch = MismatchWatch(config.mismatch)
-        load_reward(config.reward.name)
+        RewardPool.of(config.reward)
         self.advantage = build_advantage(config.loss.advantage, **config.loss.advantage_options)
         torch.manual_seed(config.seed)
         device = device or choose_device(config.device)
@@ -110,16 +72,16 @@ class Run:
         self.reference = Reference.load(config, self.policy, self.ranks, device)
         self.controller, self.aggregation = build_controller(config, vocab_size=self.policy.vocab_size)
         lookup(AGGREGATIONS, self.aggregation, "aggregation (loss.aggregation)")
-        self.problems, self.prompts, self.dropped = load_prompts(config.data.train, self.policy, config)
-        self.held_out, self.held_out_prompts, self.held_out_dropped = [], [], 0
-        if config.data.eval is not None:
-            self.held_out, self.held_out_prompts, self.held_out_dropped = load_prompts(
-                config.data.eval, self.policy, config
-            )
+        self.data = Problems.load(config, self.policy.tokenizer, context=self.policy.context)
+        self.problems, self.prompts, self.held_out = (
+            self.data.train.problems,
+            self.data.train.prompts,
+            self.data.held_out,
+        )
         self._check_sizes()
         self.policy.check(self.prompts[0])
         self.engine = SpreadEngine(build_engine(config, self.policy), self.policy)
-        self.order = PromptOrder(len(self.problems), config.seed)
+        self.order = PromptOrder(len(self.problems), config.seed, shuffle=config.data.shuffle)
         self.drawing = Drawing(
             self.engine,
             self.order,
@@ -147,14 +109,18 @@ class Run:
                 f"batch.prompts_per_step = {batch.prompts_per_step}: {self.config.data.train} has only "
                 f"{len(self.problems)} usable problems; lower it or give more"
             )
-        prompt = max(map(len, [*self.prompts, *self.held_out_prompts]))
-        response = self.config.sampling.max_response_tokens
-        if prompt + response - 1 > batch.tokens_per_microbatch:  # the last token of a response is not fed
-            raise ValueError(
-                f"batch.tokens_per_microbatch = {batch.tokens_per_microbatch}: the longest prompt of {prompt} tokens "
-                f"and a response of sampling.max_response_tokens = {response} do not fit; expected at least "
-                f"{prompt + response - 1}"
-            )
+        scored = {"sampling": (self.prompts, self.config.sampling.max_response_tokens)}
+        if self.held_out and self.config.evaluation.entropy:
+            prompts = [prompt for held in self.held_out for prompt in held.prompts]
+            scored["evaluation"] = (prompts, sampling_settings(self.config).max_response_tokens)
+        for name, (prompts, response) in scored.items():
+            prompt = max(map(len, prompts))
+            if prompt + response - 1 > batch.tokens_per_microbatch:  # the last token of a response is not fed
+                raise ValueError(
+                    f"batch.tokens_per_microbatch = {batch.tokens_per_microbatch}: the longest prompt of {prompt} "
+                    f"tokens and a response of {name}.max_response_tokens = {response} do not fit; expected at least "
+                    f"{prompt + response - 1}"
+                )
 
     def _refuse_or_compare(self) -> None:
         whole = self.checkpoints.whole()
@@ -221,7 +187,7 @@ class Run:
         metrics = self.dir / METRICS_FILE
         if resumed is None and metrics.exists() and metrics.stat().st_size:
             mark = time.strftime("before-%Y%m%d-%H%M%S")
-            for name in (METRICS_FILE, EVENTS_FILE, "config.yaml"):
+            for name in (METRICS_FILE, EVENTS_FILE, EVALUATIONS_FILE, SAMPLES_FILE, "config.yaml"):
                 if (self.dir / name).exists():
                     (self.dir / name).rename(self.dir / f"{name}.{mark}")
         aside = self.dir / "config.yaml.writing"
@@ -303,14 +269,11 @@ class Run:
         metrics = {**decision.metrics, "reference_kl": divergence(penalty, stats, rollouts.mask_T)}
         return replace(decision, metrics=metrics), replace(learning, penalty=penalty)
 
-    def evaluation_options(self) -> dict[str, Any]:
-        """Keyword arguments of `evaluate` for the present step."""
-        return {
-            "samples": self.config.evaluation.samples,
-            "temperature": self.config.evaluation.temperature,
-            "tokens_per_microbatch": self.config.batch.tokens_per_microbatch,
-            "stream": (self.config.seed, EVALUATE, self.step),
-        }
+    def evaluation_due(self) -> bool:
+        """Whether the present step ends with an evaluation."""
+        last = self.step == self.config.optimizer.steps
+        due = last or self.config.evaluation.due(self.step, self.config.batch.prompts_per_step)
+        return bool(self.held_out) and due
 
     def skip_step(self, rollouts: Rollouts, reward_R: torch.Tensor, reason: str, log: MetricsLog) -> None:
         """Leaves the rest of a step out: counts it, writes an event, and the batch to `bad_batches/` for inspection.
@@ -367,8 +330,9 @@ class Run:
             ),
             (
                 "problems",
-                f"{len(self.problems)} to train on ({self.dropped} dropped as too long), {len(self.held_out)} held out "
-                f"({self.held_out_dropped} dropped)",
+                f"{len(self.problems)} to train on ({self.data.train.dropped} dropped), "
+                f"{sum(len(held.problems) for held in self.held_out)} held out "
+                f"({sum(held.dropped for held in self.held_out)} dropped)",
             ),
         ]
 

@@ -1,5 +1,6 @@
 """Rollout engines: prompts in, `Rollouts` out."""
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -32,11 +33,13 @@ class RolloutEngine(Protocol):
         *,
         stream: Sequence[int],
         temperature: float | None = None,
+        settings: SamplingConfig | None = None,
         first_prompt: int = 0,
     ) -> Rollouts:
         """Draws `samples_per_prompt` responses to each prompt. Equal weights, prompts and `stream` give equal
-        rollouts. These prompts are number `first_prompt` and following of a batch that is sampled in parts: an engine
-        that can, draws for each from (`stream`, its number), so that the parts do not matter."""
+        rollouts. `settings` stand in for the engine's own (evaluation). These prompts are number `first_prompt` and
+        following of a batch that is sampled in parts: an engine that can, draws for each from (`stream`, its number),
+        so that the parts do not matter."""
         ...
 
     def rest(self) -> None:
@@ -124,13 +127,20 @@ class HuggingFaceEngine:
         *,
         stream: Sequence[int],
         temperature: float | None = None,
+        settings: SamplingConfig | None = None,
         first_prompt: int = 0,
     ) -> Rollouts:
         """Draws R = P x G responses, prompt by prompt from the random stream (*stream, number of the prompt).
 
-        `temperature` overrides the configured one (evaluation). A response ends with its end mark, which is part of
-        it, or is truncated at `sampling.max_response_tokens`.
+        `settings` stand in for the configured ones (evaluation), `temperature` for theirs. A response ends with its
+        end mark, which is part of it, or is truncated at `max_response_tokens`.
         """
+        if settings is not None:
+            other = copy.copy(self)
+            other.config = settings
+            return other.sample(
+                prompts, samples_per_prompt, stream=stream, temperature=temperature, first_prompt=first_prompt
+            )
         rows = [prompt for prompt in prompts for _ in range(samples_per_prompt)]
         size = self.config.rollouts_per_batch
         was_training = self.model.training
@@ -140,7 +150,7 @@ class HuggingFaceEngine:
                 self._generate(
                     rows[i : i + size],
                     self._drawing(
-                        [first_prompt + g for g in group_R.tolist()[i : i + size]],
+                        [first_prompt + r // samples_per_prompt for r in range(i, min(i + size, len(rows)))],
                         [s % samples_per_prompt for s in range(i, min(i + size, len(rows)))],
                         samples_per_prompt,
                         stream,

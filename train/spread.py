@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from entrocraft import Rollouts
+from entrocraft.train.config import SamplingConfig
 from entrocraft.train.metrics import MetricsLog
 from entrocraft.train.parallel import Ranks
 from entrocraft.train.policy import Policy
@@ -72,6 +73,7 @@ class SpreadEngine:
         *,
         stream: Sequence[int],
         temperature: float | None = None,
+        settings: SamplingConfig | None = None,
         first_prompt: int = 0,
     ) -> Rollouts:
         """As `RolloutEngine.sample`, called by all ranks with the same prompts."""
@@ -84,6 +86,7 @@ class SpreadEngine:
                     samples_per_prompt,
                     stream=stream,
                     temperature=temperature,
+                    settings=settings,
                     first_prompt=first_prompt + own.start,
                 )
         return join([part for part in self.ranks.gather(rollouts) if part is not None])
@@ -136,6 +139,9 @@ class SilentLog(MetricsLog):
         """Nothing: rank 0 writes the same."""
 
     def event(self, kind: str, **fields: Any) -> None:
+        """Nothing: rank 0 writes the same."""
+
+    def rows(self, file: str, rows: Sequence[Mapping[str, Any]]) -> None:
         """Nothing: rank 0 writes the same."""
 
     def close(self) -> None:

@@ -3,13 +3,15 @@
 import math
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 
 from entrocraft import Rollouts, TokenStats
+from entrocraft.train.data import Problem
 from entrocraft.train.errors import NonFiniteError
-from entrocraft.train.metrics import MetricsLog
+from entrocraft.train.evaluation import sample_rows, spread_out
+from entrocraft.train.metrics import SAMPLES_FILE, MetricsLog
 from entrocraft.train.mismatch import mismatch_metrics
 from entrocraft.train.rewards import RewardBatch
 from entrocraft.train.run import Run
@@ -35,15 +37,18 @@ class Clock:
 
 
 def batch_metrics(run: Run, rollouts: Rollouts, rewards: RewardBatch) -> dict[str, float]:
-    """Rewards, lengths and counts of one batch of rollouts. Reward means are over the rollouts with a verdict."""
-    reward_R = rewards.reward_R
+    """Rewards, lengths and counts of one batch of rollouts. Reward means are over the rollouts with a verdict; where
+    there are several rewards, each has its own mean as well."""
+    reward_R, several = rewards.reward_R, len(rewards.score_R) > 1
     verdicts = reward_R[~reward_R.isnan()].tolist()
     groups = [reward_g[~reward_g.isnan()] for reward_g in reward_R.split(run.config.batch.samples_per_prompt)]
     return {
         "samples": float(run.samples),
+        "prompts": float(run.step * run.config.batch.prompts_per_step),
         "reward": statistics.fmean(verdicts) if verdicts else math.nan,
         "reward_std": statistics.pstdev(verdicts) if verdicts else math.nan,
-        "accuracy": (reward_R >= 1.0).float().mean().item(),
+        "accuracy": rewards.right_R.float().mean().item(),
+        **{f"reward_{name}": score_R.nanmean().item() for name, score_R in rewards.score_R.items() if several},
         "zero_variance_groups": float(sum(len(torch.unique(g)) <= 1 for g in groups)),
         "response_length": rollouts.length_R.float().mean().item(),
         "truncated_fraction": rollouts.truncated_R.float().mean().item(),
@@ -91,3 +96,19 @@ def watch_mismatch(
         packed = rollouts.rollout_T, rollouts.mask_T, rollouts.R
         metrics |= run.importance(stats.logprob_T, rollouts.sampler_logprob_T, *packed).metrics
     return metrics | ({"mismatch_alarm": float(alarm is not None)} if metrics else {})
+
+
+def save_samples(
+    run: Run,
+    rollouts: Rollouts,
+    texts: Sequence[str],
+    rewards: RewardBatch,
+    problems: Sequence[Problem],
+    log: MetricsLog,
+) -> None:
+    """Writes some of a step's rollouts, with their rewards, to `samples.jsonl`, every `saved_samples_every` steps."""
+    evaluation = run.config.evaluation
+    if not evaluation.saved_samples_every or run.step % evaluation.saved_samples_every:
+        return
+    rows = spread_out(sample_rows(rollouts, texts, rewards, problems), evaluation.saved_samples)
+    log.rows(SAMPLES_FILE, [{"step": run.step, "kind": "training", **row} for row in rows])

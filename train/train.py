@@ -24,7 +24,7 @@ from rich.table import Table
 from entrocraft.train.config import Config
 from entrocraft.train.config_reader import load_config
 from entrocraft.train.errors import NonFiniteError, TrainingStopped
-from entrocraft.train.evaluation import completion_texts, evaluate, grade
+from entrocraft.train.evaluation import completion_texts, evaluate_run, grade
 from entrocraft.train.interrupt import Interrupt
 from entrocraft.train.metrics import METRICS_FILE, MetricsLog
 from entrocraft.train.parallel import Ranks, local_device
@@ -32,11 +32,18 @@ from entrocraft.train.policy import choose_device
 from entrocraft.train.progress import Progress
 from entrocraft.train.report import write_report
 from entrocraft.train.rewards import RewardPool
-from entrocraft.train.run import Run, check_finite
+from entrocraft.train.run import EVALUATE, Run, check_finite
 from entrocraft.train.sharding import compute_dtype, needs_sharding
 from entrocraft.train.spread import SilentLog, SpreadPool
 from entrocraft.train.step import update
-from entrocraft.train.step_metrics import Clock, batch_metrics, check_verdicts, report_rewards, watch_mismatch
+from entrocraft.train.step_metrics import (
+    Clock,
+    batch_metrics,
+    check_verdicts,
+    report_rewards,
+    save_samples,
+    watch_mismatch,
+)
 
 
 def train_step(run: Run, pool: SpreadPool, log: MetricsLog, say: Callable[[str], None]) -> dict[str, float | str]:
@@ -45,7 +52,8 @@ def train_step(run: Run, pool: SpreadPool, log: MetricsLog, say: Callable[[str],
     drawn, age = run.drawing.take(run.step, last=config.optimizer.steps)
     rollouts = drawn.rollouts
     clock.lap("sample")
-    rewards = grade(rollouts, completion_texts(rollouts, run.policy), [run.problems[i] for i in drawn.chosen], pool)
+    texts, problems = completion_texts(rollouts, run.policy), [run.problems[i] for i in drawn.chosen]
+    rewards = grade(rollouts, texts, problems, pool)
     clock.lap("reward")
     row: dict[str, float | str] = {"lr": run.set_learning_rate(), "staleness": float(age)}
     try:
@@ -69,6 +77,7 @@ def train_step(run: Run, pool: SpreadPool, log: MetricsLog, say: Callable[[str],
     clock.lap("publish")
     run.samples += rollouts.R
     report_rewards(run, rewards, log, say)
+    save_samples(run, rollouts, texts, rewards, problems, log)
     return row | batch_metrics(run, rollouts, rewards) | clock.metrics(rollouts.T)
 
 
@@ -80,11 +89,8 @@ def train(run: Run, pool: SpreadPool, log: MetricsLog, progress: Progress, inter
     while run.step < config.optimizer.steps and not run.ranks.any(interrupt.requested):
         run.step += 1
         row = train_step(run, pool, log, progress.print)
-        last = run.step == config.optimizer.steps
-        if run.held_out and (last or (config.evaluation.every and run.step % config.evaluation.every == 0)):
-            row |= evaluate(
-                run.policy, run.engine, run.held_out, run.held_out_prompts, pool, **run.evaluation_options()
-            )
+        if run.evaluation_due():
+            row |= evaluate_run(run, pool, log, (config.seed, EVALUATE, run.step))
         log.log(run.step, row)
         progress.update(run.step, row)
         if run.bad_in_a_row >= config.optimizer.max_bad_steps:
@@ -118,7 +124,7 @@ def run_training(config: Config) -> Run:
 
 
 def _run_on(config: Config, ranks: Ranks, device: torch.device) -> Run:
-    console, interrupt, reward = Console(quiet=not ranks.main), Interrupt(), config.reward
+    console, interrupt = Console(quiet=not ranks.main), Interrupt()
     run = Run(config, ranks, device)
     resumed = run.resume()
     announce(run, resumed, console)
@@ -126,12 +132,12 @@ def _run_on(config: Config, ranks: Ranks, device: torch.device) -> Run:
     try:
         with (
             interrupt.listening(),
-            RewardPool(reward.name, workers=reward.workers, timeout_s=reward.timeout_s, signed=reward.signed) as pool,
+            RewardPool.of(config.reward) as pool,
             MetricsLog(run.dir, resume_step=resumed) if ranks.main else SilentLog() as log,
             Progress(config.optimizer.steps, run.step, console) as progress,
         ):
-            if run.dropped and resumed is None:
-                log.event("prompts_dropped", count=run.dropped, limit=config.data.max_prompt_tokens)
+            if resumed is None and ranks.main:
+                run.data.report(run.dir, log, console.print, config.data)
             train(run, SpreadPool(pool, ranks), log, progress, interrupt)
         run.policy.save(run.dir / "model")
     finally:

@@ -148,31 +148,31 @@ class VLLMEngine:
         *,
         stream: Sequence[int],
         temperature: float | None = None,
+        settings: SamplingConfig | None = None,
+        first_prompt: int = 0,
     ) -> Rollouts:
         """Draws R = P x G responses; each carries the version that vLLM says it was drawn from."""
+        options = [
+            request_options(
+                settings or self.sampling,
+                temperature=temperature,
+                eos_ids=self.model.eos_ids,
+                samples=samples_per_prompt,
+                stream=(*stream, first_prompt + g) if self.config.seeded else None,
+            )
+            for g in range(len(prompts))
+        ]
         return self._caller.call(
-            lambda: self._sample(prompts, samples_per_prompt, stream, temperature),
+            lambda: self._sample(prompts, samples_per_prompt, options),
             f"draw {len(prompts) * samples_per_prompt} rollouts",
             self.config.sample_timeout_s,
             "engine.sample_timeout_s",
         )
 
-    def _sample(
-        self, prompts: Sequence[tuple[int, ...]], samples: int, stream: Sequence[int], temperature: float | None
-    ) -> Rollouts:
+    def _sample(self, prompts: Sequence[tuple[int, ...]], samples: int, options: Sequence[dict[str, Any]]) -> Rollouts:
         from vllm import SamplingParams, TokensPrompt  # pyright: ignore[reportMissingImports]
 
         assert not self.asleep, "asleep since `rest`; `publish` wakes the engine up"
-        options = [
-            request_options(
-                self.sampling,
-                temperature=temperature,
-                eos_ids=self.model.eos_ids,
-                samples=samples,
-                stream=(*stream, g) if self.config.seeded else None,
-            )
-            for g in range(len(prompts))
-        ]
         with _kept_as_it_was():
             outputs = self.llm.generate(
                 [TokensPrompt(prompt_token_ids=list(prompt)) for prompt in prompts],

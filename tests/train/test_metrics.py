@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from entrocraft.train.metrics import MetricsLog, read_events, read_metrics
+from entrocraft.train.metrics import MetricsLog, read_events, read_metrics, read_samples
 
 
 def scalars(run_dir, tag: str) -> list[tuple[int, float]]:
@@ -144,3 +144,15 @@ def test_bad_steps_and_values_are_refused(tmp_path):
         log.log(2, {"entropy": 3.0})
     assert [row["entropy"] for row in read_metrics(tmp_path)] == [1.0, 3.0]
     assert json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[0]) == {"step": 1, "entropy": 1.0}
+
+
+def test_rows_beside_the_metrics_are_plain_and_cut_with_them(tmp_path):
+    with MetricsLog(tmp_path, resume_step=None) as log:
+        log.rows("samples.jsonl", [])
+        assert not (tmp_path / "samples.jsonl").exists()
+        log.rows("samples.jsonl", [{"step": 1, "reward": math.nan, "scores": {"a": math.inf}, "response": "\ud800é"}])
+        log.rows("samples.jsonl", [{"step": step, "reward": 1.0} for step in (2, 3)])
+    assert read_samples(tmp_path)[0] == {"step": 1, "reward": None, "scores": {"a": None}, "response": "?é"}
+    MetricsLog(tmp_path, resume_step=2).close()
+    assert [row["step"] for row in read_samples(tmp_path)] == [1, 2]
+    assert read_samples(tmp_path / "elsewhere") == []

@@ -379,9 +379,9 @@ def test_evaluation_of_a_finished_run(work):
     entrocraft = [sys.executable, "-m", "entrocraft.train.cli", "eval", str(work / "run"), "--samples", "4"]
     done = subprocess.run(entrocraft, env=environment(work), cwd=work, text=True, capture_output=True, timeout=240)
     assert done.returncode == 0, done.stderr
-    result = json.loads((work / "run" / "eval.json").read_text())
+    result = json.loads((work / "run" / "eval" / "results.json").read_text())["sets"]["eval"]
     assert result["problems"] == 12
-    assert 0 < result["eval_accuracy"] < 1
-    assert result["eval_pass_at_4"] >= result["eval_accuracy"]
-    assert 0 < result["eval_distinct_correct"] <= 4
-    assert result["eval_entropy"] == pytest.approx(last["eval_entropy"], abs=0.1)
+    assert 0 < result["accuracy"] < 1
+    assert result["pass_at_4"] >= result["accuracy"]
+    assert 0 < result["distinct_correct"] <= 4
+    assert result["entropy"] == pytest.approx(last["eval_entropy"], abs=0.1)
