@@ -21,6 +21,7 @@ from entrocraft.train.config_reader import differences, save_config, to_dict
 from entrocraft.train.control import build_controller, build_method
 from entrocraft.train.data import Problem, PromptOrder, drop_long, encode_prompts, load_problems
 from entrocraft.train.errors import NonFiniteError, TrainingStopped
+from entrocraft.train.layers import description, use_liger
 from entrocraft.train.loading import load
 from entrocraft.train.metrics import EVENTS_FILE, METRICS_FILE, MetricsLog
 from entrocraft.train.parallel import Ranks
@@ -118,6 +119,7 @@ class Run:
             )
         self._check_sizes()
         self.policy.check(self.prompts[0])
+        self.liger = use_liger(self.policy, config.model, self.prompts[0][:64])
         self.order = PromptOrder(len(self.problems), config.seed)
         self.optimizer = torch.optim.AdamW(
             [parameter for parameter in self.policy.model.parameters() if parameter.requires_grad],
@@ -333,6 +335,7 @@ class Run:
         epochs = steps * batch.prompts_per_step / len(self.problems)
         longest = self.config.sampling.max_response_tokens
         return [
+            *description(self.policy.model, self.policy.dtype, liger=self.liger),
             (
                 "rollouts a step",
                 f"{batch.prompts_per_step} prompts x {batch.samples_per_prompt} = {batch.rollouts_per_step}",
