@@ -63,6 +63,8 @@ class ModelConfig:
     attention: Literal["auto", "sdpa", "eager", "flash_attention_2", "flash_attention_3"] = "auto"
     """Attention layers. `auto`: flash-attention where it is installed and the model computes in bfloat16 on CUDA, else
     torch's own (SDPA). Which one is in use is printed when a run starts."""
+    liger: Literal["auto", "on", "off"] = "auto"
+    """Liger's fused layers inside the model. `auto`: where liger-kernel is installed, on CUDA, for models it knows."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
 

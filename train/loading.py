@@ -7,6 +7,7 @@ that are its own, tensor by tensor: host memory peaks at a rank's share of the f
 import json
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -50,20 +51,20 @@ def told_as_users_mistake(config: ModelConfig) -> Iterator[None]:
         ) from error
 
 
-def load_whole(config: ModelConfig, seed: int) -> tuple[Any, Any]:
+def load_whole(config: ModelConfig, seed: int, attention: str | None = None) -> tuple[Any, Any]:
     """Model in float32 on the CPU, and tokenizer; the tiny one is built from `seed`."""
     if config.path is None:
         model, tokenizer = build_tiny_model(config.tiny, seed)
-        _prepare(model, config)
+        _prepare(model, config, attention)
         return model, tokenizer
     disable_progress_bar()
     path, remote = local_path(config), config.trust_remote_code
     with told_as_users_mistake(config):
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=remote)
         model = AutoModelForCausalLM.from_pretrained(
-            path, dtype=torch.float32, use_safetensors=True, trust_remote_code=remote, **attention(config)
+            path, dtype=torch.float32, use_safetensors=True, trust_remote_code=remote
         )
-    _prepare(model, config)
+    _prepare(model, config, attention)
     return model, tokenizer
 
 
@@ -83,8 +84,9 @@ def load(
     Raises ValueError for a setting of `parallel` that a whole model cannot have.
     """
     dtype = compute_dtype(parallel, device=device, pretrained=config.path is not None)
+    attention = attention_kind(config, device=device, dtype=dtype)
     if not needs_sharding(parallel, size, dtype):
-        model, tokenizer = load_whole(config, seed)
+        model, tokenizer = load_whole(config, seed, attention)
         if lora is not None and lora.rank is not None:
             add_adapters(model, lora)
             _begin_adapters(model, seed)
@@ -93,12 +95,7 @@ def load(
                 block.compile(backend=parallel.compile)
         return model, tokenizer
     mesh = build_mesh(device, size, parallel.shard_ranks)
-    return load_sharded(config, parallel, lora or LoraConfig(), mesh, dtype, device, seed)
-
-
-def attention(config: ModelConfig) -> dict[str, str]:
-    """How transformers is asked for the configured attention."""
-    return {} if config.attention == "auto" else {"attn_implementation": config.attention}
+    return load_sharded(config, parallel, lora or LoraConfig(), mesh, dtype, device, seed, attention)
 
 
 def load_sharded(
@@ -109,6 +106,7 @@ def load_sharded(
     dtype: torch.dtype,
     device: torch.device,
     seed: int,
+    attention: str | None = None,
 ) -> tuple[Any, Any]:
     """Sharded model with float32 master weights on `device` (the CPU with `parallel.cpu_offload`), and tokenizer.
 
@@ -117,7 +115,7 @@ def load_sharded(
     place = torch.device("cpu") if parallel.cpu_offload else device
     if config.path is None:
         model, tokenizer = build_tiny_model(config.tiny, seed)
-        _prepare(model, config)
+        _prepare(model, config, attention)
         if lora.rank is not None:
             add_adapters(model, lora)
             _begin_adapters(model, seed)
@@ -131,10 +129,8 @@ def load_sharded(
         settings = AutoConfig.from_pretrained(path, trust_remote_code=remote)
         files = _weight_files(path)
     with _parameters_on_meta():
-        model = AutoModelForCausalLM.from_config(
-            settings, dtype=torch.float32, trust_remote_code=remote, **attention(config)
-        )
-    _prepare(model, config)
+        model = AutoModelForCausalLM.from_config(settings, dtype=torch.float32, trust_remote_code=remote)
+    _prepare(model, config, attention)
     if lora.rank is not None:
         add_adapters(model, lora)
     shard_model(model, parallel, mesh, dtype)
@@ -145,9 +141,28 @@ def load_sharded(
     return model, tokenizer
 
 
-def _prepare(model: Any, config: ModelConfig) -> None:
+def _prepare(model: Any, config: ModelConfig, attention: str | None) -> None:
+    if attention is not None:
+        model.set_attn_implementation(attention)
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable()
+
+
+def attention_kind(config: ModelConfig, *, device: torch.device, dtype: torch.dtype) -> str | None:
+    """What transformers is asked for; None leaves the choice to it, which is SDPA where the model has it.
+
+    Raises ValueError for flash-attention where it cannot run.
+    """
+    can = device.type == "cuda" and dtype in (torch.bfloat16, torch.float16)
+    if config.attention == "auto":
+        return "flash_attention_2" if can and find_spec("flash_attn") is not None else None
+    if config.attention.startswith("flash") and not can:
+        raise ValueError(
+            f"model.attention = {config.attention!r}: it computes in bfloat16 on CUDA, and this model in "
+            f"{str(dtype).removeprefix('torch.')} on {device.type}; set parallel.param_dtype = 'bfloat16' on a GPU, or "
+            "leave model.attention alone"
+        )
+    return config.attention
 
 
 @contextmanager

@@ -18,7 +18,7 @@ from entrocraft.train.loading import load_whole
 from entrocraft.train.lora import has_adapters
 from entrocraft.train.packing import MicroBatch, idle_batch, pack, sequence_lengths
 from entrocraft.train.parallel import Ranks, balanced
-from entrocraft.train.sharding import is_sharded, whole_weights
+from entrocraft.train.sharding import compute_dtype_of, is_sharded, whole_weights
 from entrocraft.train.vocab_head import ShardedHead, vocabulary_group
 
 
@@ -51,6 +51,9 @@ class Policy:
         self.temperature = temperature
         self.device = device
         self.ranks = ranks or Ranks()
+        self.dtype = compute_dtype_of(self.model)
+        # Flash-attention tells sequences apart by their positions in a batch of one row, and in no other.
+        self.one_row = str(getattr(self.model.config, "_attn_implementation", "")).startswith("flash")
         group = vocabulary_group(self.model)
         self.head = FusedHead(self.model) if group is None else ShardedHead(self.model, group)
         # FSDP gathers a module's weights for the methods it knows of: those two that use the root's and the head's.
@@ -97,33 +100,57 @@ class Policy:
         with whole_weights(self.model):
             yield
 
+    @property
+    def low_precision(self) -> bool:
+        """Whether the model computes in 16 bits."""
+        return self.dtype != torch.float32 and self.dtype != torch.float64
+
+    @torch.no_grad()
+    def hidden_of(self, prompt: Sequence[int]) -> Tensor:
+        """fp32 hidden states [n, H] of one sequence alone."""
+        self.model.eval()
+        with self.whole_weights():
+            ids = torch.tensor([list(prompt)], device=self.device)
+            return self._hidden(ids, torch.arange(len(prompt), device=self.device)[None])[0].float()
+
     @torch.no_grad()
     def check(self, prompt: Sequence[int]) -> None:
         """Makes sure, on one prompt, that this model may be scored as `token_stats` does it.
 
-        Raises ValueError when it gives NaN or infinity, when its logits are not what the fused head computes, or when a
-        sequence sees its neighbour in a packed row, as in a model that ignores position ids.
+        Raises ValueError when it gives NaN or infinity, when its logits are not what the fused head computes, or when
+        a sequence sees its neighbour in a packed row or padding, as in a model that ignores position ids.
         """
         self.model.eval()
-        ids = torch.tensor([prompt[:64]], device=self.device)
-        n = ids.shape[1]
-        self._run(idle_batch(int(ids[0, 0])), torch.zeros(1, dtype=torch.int64))  # FSDP wants the root to be first
-        with self.whole_weights():
-            position = torch.arange(n, device=self.device).repeat(2)[None]
-            head = FusedHead(self.model)
-            hidden = head.hidden(input_ids=ids.repeat(1, 2), position_ids=position)[0].float()
-            if not bool(torch.isfinite(hidden).all()):
-                raise ValueError(
-                    f"{type(self.model).__name__} gives hidden states that are not numbers: its weights are broken"
-                )
-            low = self.model.get_input_embeddings().weight.dtype != torch.float32
-            head.check(ids, tolerance=0.25 if low else 1e-2)  # a logit of 30 is off by 0.06 in bfloat16
-        error = float((hidden[n:] - hidden[:n]).abs().max() / hidden[:n].abs().max())
-        if not error < (0.05 if low else 1e-3):
+        self.idle()  # FSDP wants the root to be the first that runs
+        prompt = list(prompt[:64])
+        n, alone = len(prompt), self.hidden_of(prompt)
+        if not bool(torch.isfinite(alone).all()):
             raise ValueError(
-                f"{type(self.model).__name__} does not keep packed sequences apart: the second copy of a prompt in a "
-                f"row differs from the first by {error:.2g} of its size; it cannot be trained with packing"
+                f"{type(self.model).__name__} gives hidden states that are not numbers: its weights are broken"
             )
+        low = self.low_precision
+        with self.whole_weights():
+            ids = torch.tensor([prompt], device=self.device)
+            FusedHead(self.model).check(
+                ids, tolerance=0.25 if low else 1e-2
+            )  # in bfloat16 a logit of 30 is off by 0.06
+            position = torch.arange(n, device=self.device)
+            rows = torch.stack([ids[0].repeat(2), torch.cat([ids[0], torch.zeros_like(ids[0])])])
+            places = torch.stack([position.repeat(2), torch.cat([position, torch.zeros_like(position)])])
+            packed = self._hidden(rows, places).float()
+        size = alone.abs().max()
+        for found, where in (
+            (packed[0, :n], "before another"),
+            (packed[0, n:], "after another"),
+            (packed[1, :n], "before padding"),
+        ):
+            error = float((found - alone).abs().max() / size)
+            if not error < (0.05 if low else 1e-3):
+                raise ValueError(
+                    f"{type(self.model).__name__} does not keep packed sequences apart: a prompt that stands {where} "
+                    f"in a row differs from the same alone by {error:.2g} of its size; it cannot be trained with "
+                    "packing"
+                )
 
     def token_stats(self, batch: MicroBatch, token_T: Tensor, *, collision: bool = False) -> TokenStats:
         """Statistics of the N response tokens of a micro-batch, differentiable. `token_T` are the rollouts' tokens."""
@@ -149,9 +176,15 @@ class Policy:
         self, target_N: Tensor, source_N: Tensor, input_BL: Tensor, position_BL: Tensor, **options: Any
     ) -> dict[str, Tensor]:
         """What the root runs: backbone, then the head at the rows that are asked for."""
-        hidden_BLH = self.head.hidden(input_ids=input_BL, position_ids=position_BL)
-        hidden_NH = hidden_BLH.flatten(0, -2).index_select(0, source_N)
+        hidden_NH = self._hidden(input_BL, position_BL).flatten(0, -2).index_select(0, source_N)
         return self.model.get_output_embeddings().row_stats(hidden_NH, target_N, **options)
+
+    def _hidden(self, input_BL: Tensor, position_BL: Tensor) -> Tensor:
+        """The backbone's output [B, L, H], in which no sequence of a row sees another."""
+        if not self.one_row:
+            return self.head.hidden(input_ids=input_BL, position_ids=position_BL)
+        row = self.head.hidden(input_ids=input_BL.reshape(1, -1), position_ids=position_BL.reshape(1, -1))
+        return row.unflatten(1, input_BL.shape)[0]
 
     def _row_stats(
         self, hidden_NH: Tensor, target_N: Tensor, *, collision: bool = False, clamped_share: float = 0.0

@@ -24,6 +24,7 @@ from entrocraft.train.drawing import Drawing
 from entrocraft.train.engines import build_engine
 from entrocraft.train.errors import NonFiniteError, TrainingStopped
 from entrocraft.train.evaluation import sampling_settings
+from entrocraft.train.layers import description, use_liger
 from entrocraft.train.loading import load
 from entrocraft.train.metrics import EVALUATIONS_FILE, EVENTS_FILE, METRICS_FILE, SAMPLES_FILE, MetricsLog
 from entrocraft.train.mismatch import MismatchWatch, build_importance
@@ -80,6 +81,7 @@ class Run:
         )
         self._check_sizes()
         self.policy.check(self.prompts[0])
+        self.liger = use_liger(self.policy, config.model, self.prompts[0][:64])
         self.engine = SpreadEngine(build_engine(config, self.policy), self.policy)
         self.order = PromptOrder(len(self.problems), config.seed, shuffle=config.data.shuffle)
         self.drawing = Drawing(
@@ -313,6 +315,7 @@ class Run:
         epochs = steps * batch.prompts_per_step / len(self.problems)
         longest = self.config.sampling.max_response_tokens
         return [
+            *description(self.policy.model, self.policy.dtype, liger=self.liger),
             (
                 "rollouts a step",
                 f"{batch.prompts_per_step} prompts x {batch.samples_per_prompt} = {batch.rollouts_per_step}",

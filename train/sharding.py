@@ -119,6 +119,15 @@ def is_sharded(model: nn.Module) -> bool:
     return isinstance(model, FSDPModule)
 
 
+def compute_dtype_of(model: nn.Module) -> torch.dtype:
+    """What a model computes in: that of FSDP's policy, or of its parameters."""
+    for module in sharded_modules(model):
+        low = module._get_fsdp_state()._mp_policy.param_dtype
+        if low is not None:
+            return low
+    return next(model.parameters()).dtype
+
+
 def sharded_modules(model: nn.Module) -> list[Any]:
     """The modules whose parameters FSDP gathers together, the root first; none when the model is not sharded."""
     return [module for module in model.modules() if isinstance(module, FSDPModule)]

@@ -10,6 +10,7 @@ import multiprocessing
 import os
 import socket
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +22,14 @@ from torch.nn import functional
 from entrocraft import Decision, Rollouts
 from entrocraft.train.checkpoint import CheckpointFolder
 from entrocraft.train.config import BatchConfig, Config, LossConfig, ModelConfig, OptimizerConfig, SamplingConfig
+from entrocraft.train.config_lora import LoraConfig
 from entrocraft.train.config_parallel import ParallelConfig
+from entrocraft.train.config_reference import ReferenceConfig
 from entrocraft.train.control import build_method
 from entrocraft.train.loading import load
 from entrocraft.train.parallel import Ranks
 from entrocraft.train.policy import Policy
+from entrocraft.train.reference import Reference
 from entrocraft.train.sharding import full_tensor
 from entrocraft.train.step import Learning, accumulate, make_share, update
 
@@ -40,8 +44,25 @@ CASES: dict[str, dict[str, Any]] = {
     "copies_only": {"model": "untied", "parallel": {"shard_ranks": 1}, "budget": 512, "worlds": (2,)},
     "offload": {"model": "untied", "parallel": {"cpu_offload": True}, "checkpointing": True, "budget": 40},
     "kept_gathered": {"model": "tied", "parallel": {"reshard_after_forward": False}, "budget": 512, "worlds": (2,)},
+    "reference": {
+        "model": "untied",
+        "reference": {"kl_coefficient": 0.5, "path": "tied", "offload": True},
+        "budget": 40,
+        "worlds": (2,),
+    },
+    "adapters": {
+        "model": "tied",
+        "lora": {"rank": 4, "targets": ["q_proj", "down_proj"]},
+        "reference": {"kl_coefficient": 0.5, "kl": "k3", "kl_on": "kept"},
+        "budget": 40,
+        "worlds": (2,),
+    },
     "bfloat16": {"model": "untied", "parallel": {"param_dtype": "bfloat16"}, "budget": 512, "worlds": (1, 2)},
 }
+
+
+EXPORTED = ("untied", "vocabulary", "adapters")
+CHECKPOINTED = ("tied", "vocabulary", "adapters")
 
 
 def cases(world: int) -> list[str]:
@@ -51,9 +72,17 @@ def cases(world: int) -> list[str]:
     return [name for name in chosen if world > 1 or name in ("bfloat16", "offload")]
 
 
-def config(budget: int) -> Config:
-    """Clipping of ratios and of the gradient both bind; two updates a step, twice."""
+def config(folder: Path, name: str, budget: int, *, whole: bool = False) -> Config:
+    """Clipping of ratios and of the gradient both bind; two updates a step, twice. `whole`: without any sharding."""
+    case = CASES[name]
+    reference = dict(case.get("reference", {}))
+    if "path" in reference:
+        reference["path"] = str(folder / reference["path"])
     return Config(
+        model=ModelConfig(path=str(folder / case["model"]), gradient_checkpointing=case.get("checkpointing", False)),
+        parallel=ParallelConfig(**({} if whole else case.get("parallel", {}))),
+        lora=LoraConfig(**case.get("lora", {})),
+        reference=ReferenceConfig(**reference),
         batch=BatchConfig(prompts_per_step=4, samples_per_prompt=3, updates_per_step=2, tokens_per_microbatch=budget),
         sampling=SamplingConfig(max_response_tokens=9, temperature=0.9),
         loss=LossConfig(passes=2, method="entropy_bonus", method_options={"coefficient": 0.01}),
@@ -61,12 +90,9 @@ def config(budget: int) -> Config:
     )
 
 
-def load_policy(folder: Path, name: str, ranks: Ranks, *, whole: bool = False) -> Policy:
-    """The case's policy, sharded; `whole`: as one process without a group holds it."""
-    case = CASES[name]
-    model = ModelConfig(path=str(folder / case["model"]), gradient_checkpointing=case.get("checkpointing", False))
-    parallel = ParallelConfig(**({} if whole else case.get("parallel", {})))
-    made, tokenizer = load(model, parallel, device=CPU, size=ranks.size, seed=0)
+def load_policy(setting: Config, ranks: Ranks) -> Policy:
+    """The case's policy, sharded as the setting says."""
+    made, tokenizer = load(setting.model, setting.parallel, setting.lora, device=CPU, size=ranks.size, seed=3)
     return Policy(made, tokenizer, temperature=0.9, device=CPU, ranks=ranks)
 
 
@@ -76,16 +102,20 @@ def whole_tensors(model: nn.Module, *, grad: bool = False) -> dict[str, torch.Te
     return {name: full_tensor(tensor).clone() for name, tensor in found if tensor is not None}
 
 
-def results(policy: Policy, batch: dict[str, Any], budget: int) -> dict[str, Any]:
+def results(setting: Config, ranks: Ranks, batch: dict[str, Any], policy: Policy | None = None) -> dict[str, Any]:
     """Scores, one share's loss and gradient, and the weights after four SGD updates with clipped gradients."""
+    policy = policy or load_policy(setting, ranks)
     rollouts, decision = Rollouts(**batch["rollouts"]), Decision(**batch["decision"])
-    setting = config(budget)
+    budget = setting.batch.tokens_per_microbatch
     learning = Learning(
         method=build_method(setting), state={"coefficient": 0.01}, aggregation="token_mean", config=setting, step=1
     )
     policy.check(rollouts.prompts[0])
     stats = policy.score(rollouts, budget)
-    made = {"scores": stats.as_dict()}
+    made: dict[str, Any] = {"scores": stats.as_dict()}
+    reference = Reference.load(setting, policy, ranks, CPU)
+    if reference is not None:
+        learning = replace(learning, penalty=reference.penalty(rollouts, stats, decision, budget))
     chosen_R = torch.ones(rollouts.R, dtype=torch.bool)
     shifted = batch["shift_T"] + stats.logprob_T  # ratios leave 1, and some are clipped
     share = make_share(learning, rollouts, type(stats)(**{**stats.as_dict(), "logprob_T": shifted}), decision, chosen_R)
@@ -93,7 +123,8 @@ def results(policy: Policy, batch: dict[str, Any], budget: int) -> dict[str, Any
     made["sums"] = accumulate(policy, share, budget)
     made["gradients"] = whole_tensors(policy.model, grad=True)
     policy.model.zero_grad()
-    optimizer = torch.optim.SGD(policy.model.parameters(), lr=0.1)
+    trained = [parameter for parameter in policy.model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.SGD(trained, lr=0.1)
     made["metrics"] = update(policy, optimizer, rollouts, stats, decision, learning)
     made["weights"] = whole_tensors(policy.model)
     return made
@@ -127,7 +158,7 @@ def generated(policy: Policy, folder: Path) -> dict[str, torch.Tensor]:
 
 def adam(policy: Policy) -> torch.optim.Optimizer:
     """Whose state a checkpoint must bring back."""
-    return torch.optim.AdamW(policy.model.parameters(), lr=0.01)
+    return torch.optim.AdamW([p for p in policy.model.parameters() if p.requires_grad], lr=0.01)
 
 
 def saved_state(policy: Policy, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
@@ -135,20 +166,21 @@ def saved_state(policy: Policy, optimizer: torch.optim.Optimizer) -> dict[str, t
     moments = {
         f"{name}.moment": full_tensor(optimizer.state[p]["exp_avg_sq"]).clone()
         for name, p in policy.model.named_parameters()
+        if p.requires_grad
     }
     return whole_tensors(policy.model) | moments
 
 
-def learn(policy: Policy, optimizer: torch.optim.Optimizer, batch: dict[str, Any]) -> None:
+def learn(policy: Policy, setting: Config, optimizer: torch.optim.Optimizer, batch: dict[str, Any]) -> None:
     """One step of updates."""
-    rollouts, setting = Rollouts(**batch["rollouts"]), config(40)
+    rollouts = Rollouts(**batch["rollouts"])
     learning = Learning(method=build_method(setting), state={}, aggregation="token_mean", config=setting, step=1)
     update(policy, optimizer, rollouts, policy.score(rollouts, 40), Decision(**batch["decision"]), learning)
 
 
-def resumed(folder: Path, name: str, ranks: Ranks, run: Path, *, whole: bool = False) -> dict[str, torch.Tensor]:
+def resumed(setting: Config, ranks: Ranks, run: Path) -> dict[str, torch.Tensor]:
     """What the newest checkpoint in `run` brings back, at this number of ranks."""
-    policy = load_policy(folder, name, ranks, whole=whole)
+    policy = load_policy(setting, ranks)
     optimizer = adam(policy)
     state = CheckpointFolder(run, keep=1, ranks=ranks).load_newest(policy.model, optimizer)
     assert state is not None
@@ -192,20 +224,21 @@ def main(folder: Path) -> None:
         if ranks.size > 1:
             made["refused"] = refused(folder, ranks)
         for name in cases(ranks.size):
-            policy = load_policy(folder, name, ranks)
-            made[name] = results(policy, batch, CASES[name]["budget"])
+            setting = config(folder, name, CASES[name]["budget"])
+            policy = load_policy(setting, ranks)
+            made[name] = results(setting, ranks, batch, policy)
             if name == "untied":
                 made["mixed"] = mixed_tensors_are_refused(policy)
-            if name in ("untied", "vocabulary"):
+            if name in EXPORTED:
                 made[name] |= generated(policy, folder / f"{name}_{ranks.size}")
-        for name in ("tied", "vocabulary") if ranks.size > 1 else ():
-            run = folder / f"run_{name}"
+        for name in CHECKPOINTED if ranks.size > 1 else ():
+            run, setting = folder / f"run_{name}", config(folder, name, 40)
             if (run / "checkpoints").exists():
-                made[f"resumed_{name}"] = resumed(folder, name, ranks, run)
+                made[f"resumed_{name}"] = resumed(setting, ranks, run)
                 continue
-            policy = load_policy(folder, name, ranks)
+            policy = load_policy(setting, ranks)
             optimizer = adam(policy)
-            learn(policy, optimizer, batch)
+            learn(policy, setting, optimizer, batch)
             CheckpointFolder(run, keep=1, ranks=ranks).save(1, policy.model, optimizer, {})
             made[f"saved_{name}"] = saved_state(policy, optimizer)
         torch.save(made, folder / f"rank{ranks.rank}_of_{ranks.size}.pt")
