@@ -71,6 +71,13 @@ def demo(argv: Sequence[str]) -> int | None:
     return main(argv)
 
 
+def serve(argv: Sequence[str]) -> int | None:
+    """start a vLLM server that a trainer can publish its weights to (`engine.name: vllm_server`)"""
+    from entrocraft.train.serve import main
+
+    return main(argv)
+
+
 COMMANDS: dict[str, Callable[[Sequence[str]], int | None]] = {
     "train": train,
     "eval": evaluate,
@@ -78,6 +85,7 @@ COMMANDS: dict[str, Callable[[Sequence[str]], int | None]] = {
     "compare": compare,
     "doctor": doctor,
     "demo": demo,
+    "serve": serve,
 }
 
 

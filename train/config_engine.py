@@ -69,13 +69,11 @@ class EngineConfig:
     """`vllm_server`: where it listens. Only over a network you trust: who reaches it can change its weights."""
     connections: int = 64
     """`vllm_server`: most prompts under way at once, from each rank."""
-    transfer: Literal["file", "nccl"] = "file"
-    """`vllm_server`: how weights travel: `file`, through files in `engine.transfer_dir`; `nccl`, from rank 0's GPU to
-    the server's."""
     transfer_dir: str = "/dev/shm"
-    """`vllm_server`: folder that rank 0 writes and the server reads; on one machine, memory is fastest."""
+    """`vllm_server`: folder that rank 0 writes weights to and the server reads them from; on one machine, memory is
+    fastest."""
     transfer_mib: int = 1024
-    """`vllm_server`: MiB of weights that are under way at once."""
+    """vLLM: MiB of weights that are under way at once."""
     check: Literal["held", "received"] = "held"
     """What is compared after each publication. `held`: what arrived, and what the sampler's parameters hold after it
     was loaded. `received`: what arrived alone, for formats that change values on loading, such as FP8."""

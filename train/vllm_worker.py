@@ -1,7 +1,7 @@
 """What runs inside vLLM: the end of a publication that receives weights, loads them and says what it then holds.
 
 vLLM resolves `WORKER` by name in every worker process before it loads the model, which imports this file, which
-registers the two transfer backends. Nothing else imports it before vLLM is wanted.
+registers the transfer backend. Nothing else imports it before vLLM is wanted.
 """
 
 # pyright: reportMissingImports=false
@@ -25,7 +25,7 @@ from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, i
 from entrocraft.train.publication import block_of, checksum, hexadecimal
 
 WORKER = "entrocraft.train.vllm_worker.Attesting"
-BACKEND, NCCL_BACKEND = "entrocraft", "entrocraft_nccl"
+BACKEND = "entrocraft"
 
 
 class Recorder:
@@ -139,6 +139,11 @@ class Transfer(WeightTransferEngine[Nothing, Parcel]):
 class Attesting:
     """Added to vLLM's worker class: what the trainer can ask of it besides vLLM's own calls."""
 
+    def entrocraft_type(self) -> dict[str, str]:
+        """The type of the model's weights."""
+        config: Any = getattr(self, "vllm_config", None)
+        return {"dtype": str(config.model_config.dtype).removeprefix("torch.")}
+
     def entrocraft_attest(self) -> dict[str, Any]:
         """`Recorder.attest` of the last publication, and over how many workers the model is cut."""
         transfer: Any = getattr(self, "weight_transfer_engine", None)
@@ -151,4 +156,3 @@ class Attesting:
 
 
 WeightTransferEngineFactory.register_engine(BACKEND, Transfer)
-WeightTransferEngineFactory.register_engine(NCCL_BACKEND, "entrocraft.train.vllm_nccl", "NCCLTransfer")
