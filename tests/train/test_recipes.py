@@ -1,9 +1,11 @@
 """Every recipe loads, says what its source says, and runs: two layers of its architecture, one of them with the real
 vocabulary, on problems written here."""
 
+import contextlib
 import json
 import math
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -90,7 +92,7 @@ def test_bands_are_those_of_the_released_scripts(name, overlay):
     controller, aggregation = build_controller(config, vocab_size=151_936)
     progress = {"linear": 1 / steps, "cosine": (1 - math.cos(math.pi / steps)) / 2, "constant": 0.0}[kind]
     for step, share in ((1, progress), (steps, 1.0)):
-        middle, half = controller.target(step), config.entropy.width / 2
+        middle, half = controller.target(step, entropy=0.7), config.entropy.width / 2
         for edge, at in zip((middle - half, middle + half), range(2), strict=True):
             assert edge == pytest.approx(first[at] + (last[at] - first[at]) * share, abs=1e-9)
     assert aggregation == (
@@ -130,7 +132,7 @@ CHAT = (
 SHAPE = {
     "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
     "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 128, "eos_token_id": 0, "pad_token_id": 1,
-    "bos_token_id": None,
+    "bos_token_id": None, "initializer_range": 0.2,
 }  # fmt: skip
 REWARD = "def odd(completion, answer, prompt):\n    return float(len(completion) % 2)\n"
 
@@ -208,19 +210,24 @@ def test_dry_run(small, tmp_path, names, architecture, vocabulary, tied):
     prompt = run.policy.tokenizer.decode(run.prompts[0])
     assert "w4 w5 w6" in prompt
     run.begin(None)
-    with RewardPool.of(run.config.reward) as pool, MetricsLog(run.dir, resume_step=None) as log:
+    said: list[str] = []
+    with (
+        contextlib.closing(SimpleNamespace(close=run.end)),
+        RewardPool.of(run.config.reward) as pool,
+        MetricsLog(run.dir, resume_step=None) as log,
+    ):
         for run.step in (1, 2):
-            row = train_step(run, pool, log, lambda text: pytest.fail(text))
+            row = train_step(run, pool, log, said.append)
             assert run.evaluation_due()
             row |= evaluate_run(run, pool, log, (run.step,))
             log.log(run.step, row)
-    run.end()
-    assert row["updates"] == 4
+    assert said == []
+    assert 1 <= row["updates"] <= 4  # none for a group of equal rewards
     assert row["steps_skipped"] == 0
     assert math.isfinite(row["grad_norm"])
     assert row["grad_norm"] > 0
     assert -1 <= row["reward"] <= 1
-    assert math.log(vocabulary) - 1.0 < row["entropy"] < math.log(vocabulary)
+    assert math.log(vocabulary) - 1.5 < row["entropy"] < math.log(vocabulary)
     assert 0 <= row["eval_held_pass_at_1"] <= row["eval_held_pass_at_2"] <= 1
     assert row["eval_held_strict_box_accuracy"] == 0
     after = torch.cat([p.detach().flatten() for p in run.policy.model.parameters()])
