@@ -8,6 +8,7 @@ mapping (`loss.method_options`, `evaluation.sets`) is replaced as a whole.
 
 import dataclasses
 import difflib
+import functools
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -143,6 +144,7 @@ def _explain(message: str) -> ValueError:
     return ValueError(message)
 
 
+@functools.cache  # half a second of reading the source for the documentation of its fields
 def build_parser() -> ArgumentParser:
     """The command line of train.py: `--config FILE` and one dotted option per setting."""
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
