@@ -119,6 +119,8 @@ class VLLMServerEngine:
         *,
         stream: Sequence[int],
         temperature: float | None = None,
+        settings: SamplingConfig | None = None,
+        first_prompt: int = 0,
     ) -> Rollouts:
         """Draws R = P x G responses; each carries the version that the server says it was drawn from."""
         deadline = time.monotonic() + self.config.sample_timeout_s
@@ -126,11 +128,11 @@ class VLLMServerEngine:
 
         def draw(g: int) -> list[dict[str, Any]]:
             options = request_options(
-                self.sampling,
+                settings or self.sampling,
                 temperature=temperature,
                 eos_ids=self.model.eos_ids,
                 samples=samples_per_prompt,
-                stream=(*stream, g) if self.config.seeded else None,
+                stream=(*stream, first_prompt + g) if self.config.seeded else None,
             )
             body = {"token_ids": list(prompts[g]), "sampling_params": options}
             answer = self._ask("POST", "/inference/v1/generate", body, what, deadline, "engine.sample_timeout_s")
