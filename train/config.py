@@ -10,6 +10,7 @@ from typing import Literal
 from entrocraft.train.config_lora import LoraConfig
 from entrocraft.train.config_parallel import ParallelConfig
 from entrocraft.train.config_reference import ReferenceConfig
+from entrocraft.train.config_refill import RefillConfig
 
 
 def _require(condition: bool, name: str, value: object, expected: str) -> None:
@@ -388,7 +389,8 @@ class Config:
     device: str = "auto"
     """`cpu`, `cuda`, or `auto`: CUDA where there is one."""
     model: ModelConfig = ModelConfig()
-    lora: LoraConfig = LoraConfig()  # noqa: RUF009 (it is frozen, as are the two below)
+    refill: RefillConfig = RefillConfig()  # noqa: RUF009 (it is frozen, as are the three below)
+    lora: LoraConfig = LoraConfig()  # noqa: RUF009
     reference: ReferenceConfig = ReferenceConfig()  # noqa: RUF009
     parallel: ParallelConfig = ParallelConfig()  # noqa: RUF009
     data: DataConfig = DataConfig()

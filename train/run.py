@@ -31,6 +31,7 @@ from entrocraft.train.rewards import load_reward
 from entrocraft.train.sampling import HuggingFaceEngine
 from entrocraft.train.spread import SpreadEngine
 from entrocraft.train.step import Learning
+from entrocraft.waves import Waves
 
 # First entry after the seed of each random stream: what is drawn for one purpose never depends on what another drew.
 SAMPLE, EVALUATE = 1, 2
@@ -127,6 +128,18 @@ class Run:
             betas=config.optimizer.betas,
             weight_decay=config.optimizer.weight_decay,
         )
+        refill, batch = config.refill, config.batch
+        self.waves = (
+            Waves(
+                batch.rollouts_per_step,
+                batch.samples_per_prompt,
+                max_waves=refill.max_waves,
+                max_factor=refill.max_factor,
+            )
+            if refill.oversample
+            else None
+        )
+        self.last_direction = 0
         self.step = 0
         self.samples = 0
         self.bad_in_a_row = 0
@@ -180,6 +193,9 @@ class Run:
         self.order.load_state_dict(state["order"])
         self.controller.load_state_dict(state["controller"])
         self.method_state = state["method"]
+        self.last_direction = state["last_direction"]
+        if self.waves is not None:
+            self.waves.load_state_dict(state["waves"])
         return self.step
 
     def begin(self, resumed: int | None) -> None:
@@ -231,6 +247,8 @@ class Run:
             "order": self.order.state_dict(),
             "controller": self.controller.state_dict(),
             "method": dict(self.method_state),
+            "last_direction": self.last_direction,
+            "waves": None if self.waves is None else self.waves.state_dict(),
         }
         return self.checkpoints.save(self.step, self.policy.model, self.optimizer, state)
 

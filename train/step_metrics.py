@@ -22,9 +22,10 @@ class Clock:
         self.laps: dict[str, float] = {}
 
     def lap(self, phase: str) -> None:
-        """Ends a phase, which began where the one before it ended."""
+        """Ends a phase, which began where the one before it ended. One that comes again is added up."""
         now = time.perf_counter()
-        self.laps[f"seconds_{phase}"] = now - self.last
+        name = f"seconds_{phase}"
+        self.laps[name] = self.laps.get(name, 0.0) + now - self.last
         self.last = now
 
     def metrics(self, tokens: int) -> dict[str, float]:
