@@ -38,7 +38,7 @@ def work(tmp_path, monkeypatch):
         "sampling": {"max_response_tokens": 6},
         "reward": {"name": "signal_rewards:half", "workers": 0},
         "entropy": {"rule": "budget", "schedule": {"start": "measured", "end": 5.0, "steps": 4}},
-        "optimizer": {"steps": 3, "lr": 0.01},
+        "optimizer": {"steps": 2, "lr": 0.01},
         "checkpoint": {"every": 2},
     }
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(config))
@@ -55,17 +55,20 @@ def rows(work, name, *arguments, code=0):
     return [{k: v for k, v in row.items() if not k.startswith(("seconds", "tokens_per_second"))} for row in lines]
 
 
+MORE = ("--refill.max_waves=8", "--refill.max_factor=8")
+
+
 def test_groups_without_a_signal_are_kept_filtered_or_refilled(work):
     kept = rows(work, "kept")
     filtered = rows(work, "filtered", "--refill.zero_variance=filter")
-    refilled = rows(work, "refilled", "--refill.zero_variance=refill")
+    refilled = rows(work, "refilled", "--refill.zero_variance=refill", *MORE)
     for row in kept:
         assert "prompts_learnt" not in row
     for row in filtered:
         assert row["prompts_sampled"] == 4
         assert row["prompts_learnt"] == 4 - row["zero_variance_groups"] < 4
     for row in refilled:
-        assert row["prompts_learnt"] == 4 < row["prompts_sampled"] <= 16
+        assert row["prompts_learnt"] == 4 < row["prompts_sampled"] <= 32
         assert row["kept_groups"] <= 4
     # The first step samples the same, and reports the same of it; only the learnt part differs.
     assert kept[0]["reward"] == filtered[0]["reward"]
@@ -73,20 +76,20 @@ def test_groups_without_a_signal_are_kept_filtered_or_refilled(work):
 
 
 def test_nothing_to_learn_from_is_a_step_without_an_update(work):
-    for how in ("filter", "refill"):
-        for row in rows(work, how, "--reward.name=signal_rewards:same", f"--refill.zero_variance={how}"):
-            assert row["updates"] == 0
-            assert row["prompts_learnt"] == row["prompts_sampled"] == (4 if how == "filter" else 12)
-            assert row["reward"] == 0
+    for row in rows(work, "none", "--reward.name=signal_rewards:same", "--refill.zero_variance=refill"):
+        assert row["updates"] == 0
+        assert row["prompts_learnt"] == row["prompts_sampled"] == 12  # three waves of four, kept as they are
+        assert row["reward"] == 0
 
 
 def test_oversampling_keeps_the_same_number_every_step_and_resumes_exactly(work):
-    whole = rows(work, "whole", "--refill.oversample=true")
-    assert [row["effective_samples"] for row in whole] == [32, 32, 32]
-    assert all(32 <= row["kept_before_subsampling"] <= row["generated"] <= 128 for row in whole)
+    oversample = ("--refill.oversample=true", *MORE)
+    whole = rows(work, "whole", *oversample)
+    assert [row["effective_samples"] for row in whole] == [32, 32]
+    assert all(32 <= row["kept_before_subsampling"] <= row["generated"] <= 256 for row in whole)
     assert len({row["generated"] for row in whole}) > 1
-    rows(work, "cut", "--refill.oversample=true", "--optimizer.steps=2")
-    assert rows(work, "cut", "--refill.oversample=true", "--resume=auto") == whole
+    rows(work, "cut", *oversample, "--optimizer.steps=1")
+    assert rows(work, "cut", *oversample, "--resume=auto") == whole
 
 
 def test_where_the_budget_ends_early_the_loss_is_scaled_down(work):
