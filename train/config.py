@@ -14,6 +14,7 @@ from entrocraft.train.config_evaluation import EvaluationConfig
 from entrocraft.train.config_lora import LoraConfig
 from entrocraft.train.config_parallel import ParallelConfig
 from entrocraft.train.config_reference import ReferenceConfig
+from entrocraft.train.config_refill import RefillConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -301,6 +302,7 @@ class Config:
     device: str = "auto"
     """`cpu`, `cuda`, or `auto`: CUDA where there is one."""
     model: ModelConfig = ModelConfig()
+    refill: RefillConfig = RefillConfig()
     lora: LoraConfig = LoraConfig()
     reference: ReferenceConfig = ReferenceConfig()
     parallel: ParallelConfig = ParallelConfig()
@@ -318,6 +320,14 @@ class Config:
     checkpoint: CheckpointConfig = CheckpointConfig()
 
     def __post_init__(self) -> None:
+        refills = self.refill.oversample or self.refill.zero_variance == "refill"
+        _require(
+            not (self.engine.overlap and refills),
+            "engine.overlap",
+            self.engine.overlap,
+            "false beside refill.oversample and refill.zero_variance = 'refill': how many prompts a step draws is not "
+            "known a step ahead",
+        )
         if self.entropy.preset is not None:  # what is saved with the run must be what ran
             for name, value in (("loss.aggregation", self.loss.aggregation), ("entropy.gamma", self.entropy.gamma)):
                 _require(

@@ -35,6 +35,7 @@ from entrocraft.train.reference import Reference, divergence
 from entrocraft.train.rewards import RewardPool
 from entrocraft.train.spread import SpreadEngine
 from entrocraft.train.step import Learning
+from entrocraft.waves import Waves
 
 # First entry after the seed of each random stream: what is drawn for one purpose never depends on what another drew.
 SAMPLE, EVALUATE = 1, 2
@@ -88,7 +89,6 @@ class Run:
             self.engine,
             self.order,
             self.prompts,
-            prompts_per_step=config.batch.prompts_per_step,
             samples_per_prompt=config.batch.samples_per_prompt,
             stream=(config.seed, SAMPLE),
             ahead=config.engine.overlap,
@@ -99,6 +99,18 @@ class Run:
             betas=config.optimizer.betas,
             weight_decay=config.optimizer.weight_decay,
         )
+        refill, batch = config.refill, config.batch
+        self.waves = (
+            Waves(
+                batch.rollouts_per_step,
+                batch.samples_per_prompt,
+                max_waves=refill.max_waves,
+                max_factor=refill.max_factor,
+            )
+            if refill.oversample
+            else None
+        )
+        self.last_direction = 0
         self.step = 0
         self.samples = 0
         self.bad_in_a_row = 0
@@ -158,6 +170,9 @@ class Run:
         self.method_state = state["method"]
         self.drawing.load_state_dict(state["drawn"])
         self.mismatch.load_state_dict(state["mismatch"])
+        self.last_direction = state["last_direction"]
+        if self.waves is not None:
+            self.waves.load_state_dict(state["waves"])
         return self.step
 
     def begin(self, resumed: int | None) -> None:
@@ -213,6 +228,8 @@ class Run:
             "method": dict(self.method_state),
             "drawn": self.drawing.state_dict(),
             "mismatch": self.mismatch.state_dict(),
+            "last_direction": self.last_direction,
+            "waves": None if self.waves is None else self.waves.state_dict(),
         }
         return self.checkpoints.save(self.step, self.policy.model, self.optimizer, state)
 

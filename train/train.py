@@ -21,10 +21,11 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from entrocraft.train.batches import collect, judge
 from entrocraft.train.config import Config
 from entrocraft.train.config_reader import load_config
 from entrocraft.train.errors import NonFiniteError, TrainingStopped
-from entrocraft.train.evaluation import completion_texts, evaluate_run, grade
+from entrocraft.train.evaluation import evaluate_run
 from entrocraft.train.interrupt import Interrupt
 from entrocraft.train.metrics import METRICS_FILE, MetricsLog
 from entrocraft.train.parallel import Ranks, local_device
@@ -32,53 +33,38 @@ from entrocraft.train.policy import choose_device
 from entrocraft.train.progress import Progress
 from entrocraft.train.report import write_report
 from entrocraft.train.rewards import RewardPool
-from entrocraft.train.run import EVALUATE, Run, check_finite
+from entrocraft.train.run import EVALUATE, Run
 from entrocraft.train.sharding import compute_dtype, needs_sharding
 from entrocraft.train.spread import SilentLog, SpreadPool
 from entrocraft.train.step import update
-from entrocraft.train.step_metrics import (
-    Clock,
-    batch_metrics,
-    check_verdicts,
-    report_rewards,
-    save_samples,
-    watch_mismatch,
-)
+from entrocraft.train.step_metrics import Clock, batch_metrics, report_rewards, save_samples, watch_mismatch
 
 
 def train_step(run: Run, pool: SpreadPool, log: MetricsLog, say: Callable[[str], None]) -> dict[str, float | str]:
     """One step: sample, reward, score, decide, update, publish. Returns its metrics; `say` tells of trouble."""
-    config, clock = run.config, Clock()
-    drawn, age = run.drawing.take(run.step, last=config.optimizer.steps)
-    rollouts = drawn.rollouts
-    clock.lap("sample")
-    texts, problems = completion_texts(rollouts, run.policy), [run.problems[i] for i in drawn.chosen]
-    rewards = grade(rollouts, texts, problems, pool)
-    clock.lap("reward")
-    row: dict[str, float | str] = {"lr": run.set_learning_rate(), "staleness": float(age)}
+    clock = Clock()
+    sampled = collect(run, pool, clock)
+    row: dict[str, float | str] = {"lr": run.set_learning_rate(), "staleness": float(sampled.age)}
     try:
-        check_verdicts(rewards)
-        stats = run.policy.score(rollouts, config.batch.tokens_per_microbatch)
-        check_finite(stats)
-        row |= watch_mismatch(run, rollouts, stats, log, say)
-        clock.lap("score")
-        decision, learning = run.decide(rollouts, stats, rewards.reward_R)
-        row |= {**decision.metrics, "reason": decision.reason}
+        judged = judge(run, pool, sampled, clock)
+        sampled, decision, learning = judged.sampled, judged.decision, judged.learning
+        row |= watch_mismatch(run, judged.rollouts, judged.stats, log, say)
+        row |= {**decision.metrics, "reason": decision.reason, **judged.metrics}
         row |= {f"method_{name}": value for name, value in learning.state.items()}
-        row |= update(run.policy, run.optimizer, rollouts, stats, decision, learning)
+        row |= update(run.policy, run.optimizer, judged.rollouts, judged.stats, decision, learning)
         row["effective_samples"] = (decision.keep_R & (decision.advantage_R != 0)).sum().item()
         run.bad_in_a_row = 0
     except NonFiniteError as error:
-        run.skip_step(rollouts, rewards.reward_R, str(error), log)
+        run.skip_step(sampled.rollouts, sampled.rewards.reward_R, str(error), log)
         say(f"step {run.step} skipped: {error}")
     clock.lap("update")
     run.drawing.settle()
     row |= run.engine.publish(run.step)
     clock.lap("publish")
-    run.samples += rollouts.R
-    report_rewards(run, rewards, log, say)
-    save_samples(run, rollouts, texts, rewards, problems, log)
-    return row | batch_metrics(run, rollouts, rewards) | clock.metrics(rollouts.T)
+    run.samples += sampled.rollouts.R
+    report_rewards(run, sampled.rewards, log, say)
+    save_samples(run, sampled, log)
+    return row | batch_metrics(run, sampled.rollouts, sampled.rewards) | clock.metrics(sampled.rollouts.T)
 
 
 def train(run: Run, pool: SpreadPool, log: MetricsLog, progress: Progress, interrupt: Interrupt) -> None:
