@@ -43,3 +43,8 @@ def learn(policy, rollouts, *, lr=0.05):
             p -= lr * p.grad / p.grad.norm() * p.norm()
             p.grad = None
     return stats
+
+
+def odd(completion, answer, prompt):
+    """A reward that an untrained model can get."""
+    return float(len(completion) % 2)
