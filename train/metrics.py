@@ -15,7 +15,7 @@ from typing import Any, TextIO
 
 from entrocraft.train.progress import Progress
 
-__all__ = ["MetricsLog", "Progress", "read_events", "read_metrics", "read_samples"]
+__all__ = ["MetricsLog", "Progress", "read_evaluations", "read_events", "read_metrics", "read_samples"]
 
 METRICS_FILE = "metrics.jsonl"
 EVENTS_FILE = "events.jsonl"
@@ -126,6 +126,12 @@ def read_events(run_dir: str | Path) -> list[dict[str, Any]]:
 def read_samples(run_dir: str | Path) -> list[dict[str, Any]]:
     """The rows of `samples.jsonl`; none if the run saved none."""
     path = Path(run_dir) / SAMPLES_FILE
+    return _read_rows(path) if path.is_file() else []
+
+
+def read_evaluations(run_dir: str | Path) -> list[dict[str, Any]]:
+    """The rows of `evaluations.jsonl`, one for each set at each evaluation; none if the run was never evaluated."""
+    path = Path(run_dir) / EVALUATIONS_FILE
     return _read_rows(path) if path.is_file() else []
 
 

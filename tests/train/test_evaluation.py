@@ -108,6 +108,7 @@ def test_outcomes_are_what_the_responses_say(parts):
         assert outcome.tokens == sum(row["tokens"] for row in own)
         assert outcome.truncated == sum(row["truncated"] for row in own)
         assert all(row["tokens"] == 6 for row in own if row["truncated"])
+        assert outcome.entropy is not None
         assert 0 < outcome.entropy / outcome.tokens < math.log(259)
     assert 0 < sum(outcome.right for outcome in outcomes) < 20
 

@@ -5,7 +5,7 @@ import contextlib
 import json
 import math
 from pathlib import Path
-from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -212,12 +212,13 @@ def test_dry_run(small, tmp_path, names, architecture, vocabulary, tied):
     run.begin(None)
     said: list[str] = []
     with (
-        contextlib.closing(SimpleNamespace(close=run.end)),
+        contextlib.ExitStack() as at_last,
         RewardPool.of(run.config.reward) as pool,
         MetricsLog(run.dir, resume_step=None) as log,
     ):
+        at_last.callback(run.end)
         for run.step in (1, 2):
-            row = train_step(run, pool, log, said.append)
+            row: dict[str, Any] = dict(train_step(run, pool, log, said.append))
             assert run.evaluation_due()
             row |= evaluate_run(run, pool, log, (run.step,))
             log.log(run.step, row)
