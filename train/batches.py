@@ -15,10 +15,10 @@ from torch import Tensor
 from entrocraft import Decision, Rollouts, TokenStats
 from entrocraft.losses import KEPT_DENOMINATORS
 from entrocraft.train.data import Problem
-from entrocraft.train.evaluation import completion_texts, grade
+from entrocraft.train.evaluation import Grader, completion_texts, grade
 from entrocraft.train.rewards import RewardBatch
 from entrocraft.train.run import Run, check_finite
-from entrocraft.train.spread import SpreadPool, join, merged
+from entrocraft.train.spread import join, merged
 from entrocraft.train.step import Learning
 from entrocraft.train.step_metrics import Clock, check_verdicts
 from entrocraft.waves import loss_scale, subsample
@@ -90,7 +90,7 @@ def _select(value: Any, keep_R: Tensor) -> Any:
     return {name: _select(item, keep_R) for name, item in value.items()} if isinstance(value, dict) else value
 
 
-def sample_wave(run: Run, pool: SpreadPool, prompts: int, clock: Clock, *, first_prompt: int = 0) -> Graded:
+def sample_wave(run: Run, pool: Grader, prompts: int, clock: Clock, *, first_prompt: int = 0) -> Graded:
     """The next `prompts` prompts of the data, at most all there are: sampled and graded."""
     drawn, age = run.drawing.take(
         run.step,
@@ -105,7 +105,7 @@ def sample_wave(run: Run, pool: SpreadPool, prompts: int, clock: Clock, *, first
     return Graded(rollouts=drawn.rollouts, rewards=rewards, problems=problems, age=age)
 
 
-def collect(run: Run, pool: SpreadPool, clock: Clock) -> Graded:
+def collect(run: Run, pool: Grader, clock: Clock) -> Graded:
     """The first sampling of a step; with `refill`, as many more waves as it takes to have enough varied prompts."""
     batch, refill = run.config.batch, run.config.refill
     if run.waves is not None:
@@ -123,7 +123,7 @@ def collect(run: Run, pool: SpreadPool, clock: Clock) -> Graded:
     return graded
 
 
-def judge(run: Run, pool: SpreadPool, sampled: Graded, clock: Clock) -> Judged:
+def judge(run: Run, pool: Grader, sampled: Graded, clock: Clock) -> Judged:
     """Scores and decides; with `oversample`, samples on until enough is kept or the budget is spent.
 
     Raises NonFiniteError for a batch without a verdict, or with a score that is no number.

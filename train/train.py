@@ -25,7 +25,7 @@ from entrocraft.train.batches import collect, judge
 from entrocraft.train.config import Config
 from entrocraft.train.config_reader import load_config
 from entrocraft.train.errors import NonFiniteError, TrainingStopped
-from entrocraft.train.evaluation import evaluate_run
+from entrocraft.train.evaluation import Grader, evaluate_run
 from entrocraft.train.interrupt import Interrupt
 from entrocraft.train.metrics import METRICS_FILE, MetricsLog
 from entrocraft.train.parallel import Ranks, local_device
@@ -40,7 +40,7 @@ from entrocraft.train.step import update
 from entrocraft.train.step_metrics import Clock, batch_metrics, report_rewards, save_samples, watch_mismatch
 
 
-def train_step(run: Run, pool: SpreadPool, log: MetricsLog, say: Callable[[str], None]) -> dict[str, float | str]:
+def train_step(run: Run, pool: Grader, log: MetricsLog, say: Callable[[str], None]) -> dict[str, float | str]:
     """One step: sample, reward, score, decide, update, publish. Returns its metrics; `say` tells of trouble."""
     clock = Clock()
     sampled = collect(run, pool, clock)
@@ -67,7 +67,7 @@ def train_step(run: Run, pool: SpreadPool, log: MetricsLog, say: Callable[[str],
     return row | batch_metrics(run, sampled.rollouts, sampled.rewards) | clock.metrics(sampled.rollouts.T)
 
 
-def train(run: Run, pool: SpreadPool, log: MetricsLog, progress: Progress, interrupt: Interrupt) -> None:
+def train(run: Run, pool: Grader, log: MetricsLog, progress: Progress, interrupt: Interrupt) -> None:
     """Steps until the run's last one or until interrupted; evaluates, logs and saves on the way."""
     config = run.config
     saved = run.step

@@ -1,6 +1,7 @@
 """Groups without a signal kept, filtered and refilled; constant effective batches; whole runs of a few steps."""
 
 import contextlib
+import dataclasses
 import io
 import json
 
@@ -10,6 +11,7 @@ import yaml
 
 from entrocraft import Rollouts
 from entrocraft.train.batches import Graded
+from entrocraft.train.problems import Problem
 from entrocraft.train.rewards import RewardBatch
 from entrocraft.train.train import main
 
@@ -113,16 +115,31 @@ def test_groups_are_taken_out_whole_and_renumbered():
         weight_version=0,
     )
     nan = float("nan")
+    reward_R = torch.tensor([0.0, 1.0, 1.0, nan, nan, nan])
     rewards = RewardBatch(
-        reward_R=torch.tensor([0.0, 1.0, 1.0, nan, nan, nan]), timeouts=1, errors=2, unscorable=0, first_error="x"
+        reward_R=reward_R,
+        right_R=reward_R >= 1,
+        score_R={"one": reward_R, "other": -reward_R},
+        timeouts=1,
+        errors=2,
+        unscorable=0,
+        first_error="x",
     )
-    graded = Graded(rollouts=rollouts, rewards=rewards)
+    problems = tuple(Problem(i, name, "answer") for i, name in enumerate("abc"))
+    graded = Graded(rollouts=rollouts, rewards=rewards, problems=problems, age=1)
     assert graded.varied_P().tolist() == [True, False, False]
     part = graded.groups(torch.tensor([True, False, True]))
     assert part.rollouts.token_T.tolist() == [0, 1, 2, 6, 7, 8]
     assert part.rollouts.group_R.tolist() == [0, 0, 1, 1]
     assert part.rollouts.prompts == ((1,), (3,))
     assert part.rewards.reward_R[:2].tolist() == [0.0, 1.0]
+    assert part.rewards.right_R.tolist() == [False, True, False, False]
+    assert part.rewards.score_R["other"][:2].tolist() == [0.0, -1.0]
+    assert ([problem.prompt for problem in part.problems], part.age) == (["a", "c"], 1)
+    joined = Graded.join([graded, dataclasses.replace(part, age=0)])
+    assert joined.rollouts.group_R.tolist() == [0, 0, 1, 1, 2, 2, 3, 3, 4, 4]
+    assert [problem.prompt for problem in joined.problems] == ["a", "b", "c", "a", "c"]
+    assert (joined.age, joined.rewards.timeouts) == (1, 2)
     assert (part.rewards.timeouts, part.rewards.errors, part.rewards.first_error) == (1, 2, "x")
     joined = Graded.join([part, graded])
     assert joined.rollouts.group_R.tolist() == [0, 0, 1, 1, 2, 2, 3, 3, 4, 4]

@@ -27,7 +27,6 @@ def make(*, ahead):
         engine,
         PromptOrder(len(PROMPTS), 0),
         PROMPTS,
-        prompts_per_step=3,
         samples_per_prompt=2,
         stream=(0, 1),
         ahead=ahead,
@@ -40,7 +39,7 @@ def steps(engine, drawing, first, last, end):
     found = []
     engine.publish(first - 1)
     for step in range(first, last + 1):
-        drawn, age = drawing.take(step, last=end)
+        drawn, age = drawing.take(step, last=end, prompts=3)
         drawing.settle()
         engine.publish(step)
         found.append((step, drawn.chosen, drawn.rollouts.weight_version, age, drawn.rollouts.token_T.tolist()))
@@ -62,6 +61,35 @@ def test_ahead_is_one_version_older_and_of_the_same_prompts():
     ]
 
 
+def test_a_step_that_draws_again_gets_other_prompts_and_other_random_numbers():
+    engine, drawing = make(ahead=False)
+    engine.publish(0)
+    first, _ = drawing.take(1, last=1, prompts=4)
+    more, age = drawing.take(1, last=1, prompts=2, first_prompt=4)
+    assert (more.step, more.rollouts.P, age) == (1, 2, 0)
+    assert not set(first.chosen) & set(more.chosen)
+    # In one go the six prompts get the same responses.
+    engine, drawing = make(ahead=False)
+    engine.publish(0)
+    whole, _ = drawing.take(1, last=1, prompts=6)
+    assert whole.chosen == first.chosen + more.chosen
+    assert whole.rollouts.token_T.tolist() == first.rollouts.token_T.tolist() + more.rollouts.token_T.tolist()
+
+
+def test_an_engine_rests_unless_it_draws_ahead():
+    rested = []
+    for ahead in (False, True):
+        engine, drawing = make(ahead=ahead)
+        engine.publish(0)
+        engine.rest = lambda: rested.append(1)
+        drawing.take(1, last=2, prompts=3)
+        assert rested == ([] if not ahead else [1])
+        drawing.rest()
+        drawing.settle()
+        assert rested == [1]
+        drawing.close()
+
+
 def test_nothing_is_drawn_beyond_the_last_step():
     engine, drawing = make(ahead=True)
     steps(engine, drawing, 1, 2, 2)
@@ -73,7 +101,7 @@ def test_it_is_drawn_while_the_caller_goes_on():
     engine, drawing = make(ahead=True)
     engine.publish(0)
     sample, begun, go_on = engine.sample, threading.Event(), threading.Event()
-    drawing.take(1, last=1)
+    drawing.take(1, last=1, prompts=3)
 
     def slowly(*args, **kwargs):
         begun.set()
@@ -81,26 +109,26 @@ def test_it_is_drawn_while_the_caller_goes_on():
         return sample(*args, **kwargs)
 
     engine.sample = slowly
-    drawing._begin(2)
+    drawing._begin(2, 3)
     assert begun.wait(20)  # it is under way, and this thread is here
     go_on.set()
     drawing.settle()
-    assert drawing.take(2, last=2)[1] == 1
+    assert drawing.take(2, last=2, prompts=3)[1] == 1
     drawing.close()
 
 
 def test_a_version_that_is_too_old_is_refused():
     engine, drawing = make(ahead=True)
     engine.publish(0)
-    drawing.take(1, last=9)
+    drawing.take(1, last=9, prompts=3)
     drawing.settle()
     engine.publish(1)
-    drawing.take(2, last=9)
+    drawing.take(2, last=9, prompts=3)
     drawing.settle()  # step 3 has been drawn from version 1, and version 2 is never published
-    drawing.take(3, last=9)
+    drawing.take(3, last=9, prompts=3)
     drawing.settle()
     with pytest.raises(PublicationError, match="version 1 while the policy is at version 3: expected at most 1 older"):
-        drawing.take(4, last=9)
+        drawing.take(4, last=9, prompts=3)
     drawing.close()
 
 
@@ -120,7 +148,7 @@ def test_a_checkpoint_brings_back_what_was_drawn():
 def test_numbers_survive_the_checkpoint_to_the_last_bit():
     engine, drawing = make(ahead=True)
     engine.publish(0)
-    drawn, _ = drawing.take(1, last=1)
+    drawn, _ = drawing.take(1, last=1, prompts=3)
     exact = torch.randn(drawn.rollouts.T)
     future = Future()
     rollouts = dataclasses.replace(drawn.rollouts, sampler_logprob_T=exact)
@@ -128,7 +156,7 @@ def test_numbers_survive_the_checkpoint_to_the_last_bit():
     drawing._next = future
     other = make(ahead=True)[1]
     other.load_state_dict(json.loads(json.dumps(drawing.state_dict())))
-    again = other.take(2, last=2)[0].rollouts
+    again = other.take(2, last=2, prompts=3)[0].rollouts
     assert torch.equal(again.sampler_logprob_T, exact)
     for name in ("token_T", "rollout_T", "mask_T", "group_R", "sample_R", "truncated_R"):
         assert torch.equal(getattr(again, name), getattr(rollouts, name)), name
