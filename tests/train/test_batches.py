@@ -125,7 +125,7 @@ def test_groups_are_taken_out_whole_and_renumbered():
         unscorable=0,
         first_error="x",
     )
-    problems = tuple(Problem(i, name, "answer") for i, name in enumerate("abc"))
+    problems = tuple(Problem(index=i, prompt=name, answer="answer") for i, name in enumerate("abc"))
     graded = Graded(rollouts=rollouts, rewards=rewards, problems=problems, age=1)
     assert graded.varied_P().tolist() == [True, False, False]
     part = graded.groups(torch.tensor([True, False, True]))
