@@ -69,6 +69,8 @@ class VLLMEngine:
             config.sleep == "auto" and model.device.type == "cuda" and not config.overlap
         )
         self.asleep = False
+        # vLLM uses the group of processes it finds, and ends it when it ends.
+        self._guest = torch.distributed.is_available() and torch.distributed.is_initialized()
         self._folder = tempfile.TemporaryDirectory(prefix="entrocraft-vllm-")
         self._caller = Caller(model.who, "vLLM in this process")
         self.llm: Any = self._caller.call(self._build, "start", config.start_timeout_s, "engine.start_timeout_s")
@@ -192,9 +194,9 @@ class VLLMEngine:
             self.asleep = True
 
     def close(self) -> None:
-        """Ends vLLM and frees its memory."""
+        """Ends vLLM and frees its memory; where the trainer has a process group, leaves both to the process's end."""
         llm, self.llm = self.llm, None
-        if llm is not None and not self._caller.stuck:
+        if llm is not None and not self._caller.stuck and not self._guest:
             self._caller.start(llm.llm_engine.engine_core.shutdown)
         self._caller.close()
         self._folder.cleanup()

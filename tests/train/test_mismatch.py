@@ -15,7 +15,7 @@ from entrocraft.train.step import Learning
 
 
 def batch(sampler_logprob_T, mask_T=None, rollouts=4):
-    T = len(sampler_logprob_T)
+    T = 4 if sampler_logprob_T is None else len(sampler_logprob_T)
     return Rollouts(
         token_T=torch.zeros(T, dtype=torch.int64),
         rollout_T=torch.arange(T) * rollouts // T,
