@@ -178,6 +178,7 @@ def test_the_command_on_a_model_stopped_and_resumed(work):
     assert (work / "cut" / "pass_at_k.png").read_bytes().startswith(b"\x89PNG")
     assert "other" in told
     assert "mean@n" in told
+    assert f"{100 * results['sets']['other']['pass_at_2']:.1f}" in told
     # Again, with everything there: nothing is sampled, the numbers stay; other k need no new responses either.
     calls = work / "stop"
     calls.touch()
