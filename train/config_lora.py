@@ -14,7 +14,7 @@ class LoraConfig:
 
     rank: int | None = None
     """Rank of the adapters; empty: all weights are trained."""
-    alpha: float = 32.0
+    alpha: int = 32
     """Scale of the adapters, divided by the rank."""
     dropout: float = 0.0
     """Dropout in front of an adapter; above 0 the policy that is trained is not the one that was sampled."""
