@@ -4,10 +4,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-
-def _require(condition: bool, name: str, value: object, expected: str) -> None:
-    if not condition:
-        raise ValueError(f"{name} = {value!r}: expected {expected}")
+from entrocraft.train.config_check import require
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,12 +23,12 @@ class RefillConfig:
     """Most prompts of one step, as a multiple of batch.prompts_per_step."""
 
     def __post_init__(self) -> None:
-        _require(
+        require(
             not (self.oversample and self.zero_variance == "refill"),
             "refill.zero_variance",
             self.zero_variance,
             "'keep' or 'filter' beside refill.oversample, which counts rollouts with an advantage and so replaces the "
             "others already",
         )
-        _require(self.max_waves > 0, "refill.max_waves", self.max_waves, "a positive number")
-        _require(1 <= self.max_factor < math.inf, "refill.max_factor", self.max_factor, "a finite number, 1 or more")
+        require(self.max_waves > 0, "refill.max_waves", self.max_waves, "a positive number")
+        require(1 <= self.max_factor < math.inf, "refill.max_factor", self.max_factor, "a finite number, 1 or more")

@@ -21,6 +21,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from entrocraft.train.batch_table import batch_table
 from entrocraft.train.batches import collect, judge
 from entrocraft.train.config import Config
 from entrocraft.train.config_reader import load_config
@@ -91,7 +92,7 @@ def train(run: Run, pool: Grader, log: MetricsLog, progress: Progress, interrupt
 def announce(run: Run, resumed: int | None, console: Console) -> None:
     """Prints what is about to happen: the batch table, and where the run begins."""
     table = Table("batch", "", title=f"{run.dir}", title_justify="left")
-    for name, value in run.batch_table():
+    for name, value in batch_table(run):
         table.add_row(name, value)
     console.print(table)
     for folder in run.checkpoints.broken():

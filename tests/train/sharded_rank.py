@@ -191,11 +191,12 @@ def resumed(setting: Config, ranks: Ranks, run: Path) -> dict[str, torch.Tensor]
 def refused(folder: Path, ranks: Ranks) -> list[str]:
     """What is said of ways to shard that cannot be."""
     told = []
-    for model, parallel in (
+    ways: list[tuple[str, dict[str, Any]]] = [
         ("tied", {"vocab_parallel_head": True}),
         ("untied", {"vocab_parallel_head": True, "shard_ranks": 1}),
         ("untied", {"shard_ranks": 3}),
-    ):
+    ]
+    for model, parallel in ways:
         place = ModelConfig(path=str(folder / model))
         try:
             load(place, ParallelConfig(**parallel), device=CPU, size=ranks.size, seed=0)
