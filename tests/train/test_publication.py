@@ -7,6 +7,7 @@ import torch
 
 from entrocraft import Rollouts
 from entrocraft.train.config import TinyModelConfig
+from entrocraft.train.export import named_weights
 from entrocraft.train.publication import (
     Ledger,
     PublicationError,
@@ -14,7 +15,6 @@ from entrocraft.train.publication import (
     check_version,
     checksum,
     hexadecimal,
-    named_weights,
     one_version,
 )
 from entrocraft.train.tiny_model import build_tiny_model

@@ -12,7 +12,7 @@ from entrocraft.train.config_engine import MismatchConfig
 from entrocraft.train.deadline import WaitedTooLong
 from entrocraft.train.errors import NonFiniteError, TrainingStopped
 from entrocraft.train.mismatch import MismatchWatch, mismatch_metrics
-from entrocraft.train.publication import Ledger, PublicationError, check_version, named_weights
+from entrocraft.train.publication import Ledger, PublicationError, check_version
 
 # Both compute in float32, by other kernels: the largest difference seen over these logits is 1e-5 nats.
 TOLERANCE = 5e-5
@@ -36,7 +36,7 @@ def test_every_publication_arrives(published, tied):
         assert check_version(rollouts, version, allowed=0) == 0
         assert (rollouts.R, rollouts.P) == (32, 4)
         assert difference(policy, rollouts) < TOLERANCE
-        assert metrics["publish_mib"] == sum(v.numel() * 4 for _, v in named_weights(policy.model)) / 2**20
+        assert metrics["publish_mib"] == sum(v.numel() * 4 for _, v in policy.weights()) / 2**20
         learn(policy, rollouts)
         # The step was a real one: the same rollouts are scored quite differently now.
         assert difference(policy, rollouts) > 1000 * TOLERANCE
@@ -137,7 +137,7 @@ def test_what_arrives_changed_is_refused(published, monkeypatch):
 def test_what_changes_after_loading_is_found(published):
     policy, engine = published(tied=False)
     ledger = Ledger(0)
-    assert len(list(ledger.passing(named_weights(policy.model), torch.float32))) == len(ledger.received)
+    assert len(list(ledger.passing(policy.weights(), torch.float32))) == len(ledger.received)
     (attested,) = engine.llm.collective_rpc("entrocraft_attest")
     ledger.compare(attested, "vLLM", check="held")
     assert attested["held"]["embed_tokens"] is not None
@@ -184,7 +184,7 @@ def test_a_wait_ends_and_says_who_waited_for_whom():
 
     def stuck():
         hang.wait(20)
-        yield from named_weights(policy.model)
+        yield from policy.weights()
 
     object.__setattr__(engine.model, "weights", stuck)
     with pytest.raises(
