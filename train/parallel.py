@@ -105,7 +105,7 @@ class Ranks:
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         limit = timedelta(seconds=timeout_s)
         # Outside torchrun there is no other process to meet: a store in memory will do.
-        store = None if "MASTER_ADDR" in os.environ else dist.HashStore()  # pyright: ignore[reportPrivateImportUsage]
+        store = None if {"RANK", "MASTER_ADDR"} <= os.environ.keys() else dist.HashStore()  # pyright: ignore[reportPrivateImportUsage]
         place = {} if store is None else {"store": store, "rank": rank, "world_size": size}
         dist.init_process_group(backend, timeout=limit, **place)
         try:

@@ -229,6 +229,7 @@ def main(folder: Path) -> None:
             policy = load_policy(setting, ranks)
             made[name] = results(setting, ranks, batch, policy)
             if name == "untied":
+                made["held"] = sum(p.to_local().numel() for p in policy.model.parameters() if isinstance(p, DTensor))
                 made["mixed"] = mixed_tensors_are_refused(policy)
             if name in EXPORTED:
                 made[name] |= generated(policy, folder / f"{name}_{ranks.size}")

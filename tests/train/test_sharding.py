@@ -125,6 +125,14 @@ def test_a_sharded_head_is_never_multiplied_by_a_plain_tensor(worlds):
             assert "weight_VH is a DTensor" in in_op
 
 
+def test_each_rank_holds_its_share(worlds, alone):
+    whole = sum(weight.numel() for weight in alone["untied"]["weights"].values())
+    for world in (2, 4):
+        held = [made["held"] for made in worlds[world]]
+        assert sum(held) == whole
+        assert max(held) < 1.02 * whole / world
+
+
 def test_ranks_that_disagree_are_told_which(worlds):
     for world in (2, 4):
         for made in worlds[world]:
