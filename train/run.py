@@ -32,7 +32,11 @@ from entrocraft.train.step import Learning
 SAMPLE, EVALUATE = 1, 2
 
 # Settings that may change when a run goes on: they decide how long, how often and where, not what a step computes.
-_FREE_ON_RESUME = ("run_dir", "resume", "checkpoint.", "evaluation.", "reward.workers")
+_FREE_ON_RESUME = (
+    *("run_dir", "resume", "checkpoint.", "evaluation.", "reward.workers", "mismatch."),
+    *("engine.url", "engine.connections", "engine.transfer", "engine.memory"),
+    *("engine.start_timeout_s", "engine.publish_timeout_s", "engine.sample_timeout_s"),
+)
 
 
 def load_prompts(path: str, policy: Policy, config: Config) -> tuple[list[Problem], list[tuple[int, ...]], int]:
@@ -177,8 +181,8 @@ class Run:
         self.order.load_state_dict(state["order"])
         self.controller.load_state_dict(state["controller"])
         self.method_state = state["method"]
-        self.drawing.load_state_dict(state["drawn"])
-        self.mismatch.load_state_dict(state["mismatch"])
+        self.drawing.load_state_dict(state.get("drawn"))
+        self.mismatch.load_state_dict(state.get("mismatch", {"usual": [], "unusual": []}))
         return self.step
 
     def begin(self, resumed: int | None) -> None:

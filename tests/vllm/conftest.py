@@ -34,9 +34,7 @@ def published():
         engine.publish(0)
         return policy, engine
 
-    yield get
-    for _, engine, _ in made.values():
-        engine.close()
+    return get
 
 
 def pytest_sessionfinish(session, exitstatus):
