@@ -2,6 +2,7 @@
 
 import math
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -97,16 +98,18 @@ def test_beyond_all_bounds_the_run_stops(value):
 
 
 def test_an_alarm_is_an_event_and_a_line(tmp_path):
-    told = []
-    run = SimpleNamespace(
+    told: list[str] = []
+    row: dict[str, float] = {}
+    run: Any = SimpleNamespace(
         step=0, mismatch=MismatchWatch(MismatchConfig()), importance=build_importance(ImportanceConfig())
     )
     sampler_T = torch.tensor([-1.0, -2.0, -3.0, -4.0])
     stats = [TokenStats(logprob_T=sampler_T + d, entropy_T=torch.ones(4), lse_T=torch.zeros(4)) for d in (1e-4, 0.7)]
     with MetricsLog(tmp_path, resume_step=None) as log:
-        for run.step in range(1, 6):
-            row = watch_mismatch(run, batch(sampler_T), stats[run.step == 5], log, told.append)
-            assert row["mismatch_alarm"] == (run.step == 5)
+        for step in range(1, 6):
+            run.step = step
+            row = watch_mismatch(run, batch(sampler_T), stats[step == 5], log, told.append)
+            assert row["mismatch_alarm"] == (step == 5)
     assert told == ["step 5: sampler and policy differ by 0.7 nats a token on average (at most 0.7); usual is 0.0001"]
     (event,) = read_events(tmp_path)
     assert (event["kind"], event["step"], event["weight_version"]) == ("mismatch_alarm", 5, 0)
