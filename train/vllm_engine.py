@@ -104,7 +104,7 @@ class VLLMEngine:
                 weight_transfer_config={"backend": BACKEND},
                 worker_extension_cls=WORKER,
                 distributed_executor_backend="external_launcher" if torchrun else None,
-                seed=self.model.seed,
+                seed=self.model.seed + int(os.environ.get("RANK", "0")),  # of what is drawn without a seed of its own
                 disable_log_stats=True,
             )
             llm.init_weight_transfer_engine({"init_info": {}})

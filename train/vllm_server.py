@@ -56,6 +56,8 @@ class VLLMServerEngine:
 
     def publish(self, version: int) -> dict[str, float]:
         """Hands the weights over, then compares what the server's workers say they have with what was sent."""
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            torch.distributed.barrier()  # no rank is still drawing from the version before
         ledger = Ledger(version)
         weights = ledger.passing(self.model.weights(), self.dtype)
         error: Exception | None = None
