@@ -127,8 +127,8 @@ class Run:
         self.order.load_state_dict(state["order"])
         self.controller.load_state_dict(state["controller"])
         self.method_state = state["method"]
-        self.drawing.load_state_dict(state["drawn"])
-        self.mismatch.load_state_dict(state["mismatch"])
+        self.drawing.load_state_dict(state.get("drawn"))
+        self.mismatch.load_state_dict(state.get("mismatch", {"usual": [], "unusual": []}))
         self.last_direction = state["last_direction"]
         if self.waves is not None:
             self.waves.load_state_dict(state["waves"])

@@ -66,7 +66,7 @@ class Answers(http.server.BaseHTTPRequestHandler):
         self.end_headers()
         self.wfile.write(told)
 
-    def log_message(self, *_):
+    def log_message(self, format, *args):
         pass
 
 

@@ -157,6 +157,7 @@ def test_numbers_survive_the_checkpoint_to_the_last_bit():
     other = make(ahead=True)[1]
     other.load_state_dict(json.loads(json.dumps(drawing.state_dict())))
     again = other.take(2, last=2, prompts=3)[0].rollouts
+    assert again.sampler_logprob_T is not None
     assert torch.equal(again.sampler_logprob_T, exact)
     for name in ("token_T", "rollout_T", "mask_T", "group_R", "sample_R", "truncated_R"):
         assert torch.equal(getattr(again, name), getattr(rollouts, name)), name

@@ -1,6 +1,8 @@
 """The distance between sampler and policy: its numbers on known distributions, and when it is news."""
 
 import math
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -10,8 +12,10 @@ from entrocraft.methods import Plain
 from entrocraft.train.config import Config
 from entrocraft.train.config_engine import ImportanceConfig, MismatchConfig
 from entrocraft.train.errors import TrainingStopped
+from entrocraft.train.metrics import MetricsLog, read_events
 from entrocraft.train.mismatch import MismatchWatch, build_importance, mismatch_metrics
 from entrocraft.train.step import Learning
+from entrocraft.train.step_metrics import watch_mismatch
 
 
 def batch(sampler_logprob_T, mask_T=None, rollouts=4):
@@ -70,7 +74,8 @@ def test_an_alarm_on_a_jump_and_again_until_it_is_usual():
     watch = MismatchWatch(MismatchConfig(alarm_factor=4, alarm_floor=0.001))
     for step in range(10):
         assert watch.observe(step, seen(0.01 + 0.001 * (step % 3))) is None
-    assert "differ by 0.2 nats a token on average (at most 0.4); usual is 0.011" in watch.observe(10, seen(0.2))
+    told = watch.observe(10, seen(0.2))
+    assert told == "sampler and policy differ by 0.2 nats a token on average (at most 0.4); usual is 0.011"
     assert watch.observe(11, seen(0.03)) is None  # below four times the median
     alarms = [watch.observe(step, seen(0.2)) is not None for step in range(12, 40)]
     assert alarms == [True] * 20 + [False] * 8  # after 20 steps it is how things are
@@ -90,6 +95,26 @@ def test_beyond_all_bounds_the_run_stops(value):
     with pytest.raises(TrainingStopped, match=r"step 9: .* more than mismatch.stop = 1"):
         watch.observe(9, seen(value))
     MismatchWatch(MismatchConfig(stop=None)).observe(9, seen(value))
+
+
+def test_an_alarm_is_an_event_and_a_line(tmp_path):
+    told: list[str] = []
+    row: dict[str, float] = {}
+    run: Any = SimpleNamespace(
+        step=0, mismatch=MismatchWatch(MismatchConfig()), importance=build_importance(ImportanceConfig())
+    )
+    sampler_T = torch.tensor([-1.0, -2.0, -3.0, -4.0])
+    stats = [TokenStats(logprob_T=sampler_T + d, entropy_T=torch.ones(4), lse_T=torch.zeros(4)) for d in (1e-4, 0.7)]
+    with MetricsLog(tmp_path, resume_step=None) as log:
+        for step in range(1, 6):
+            run.step = step
+            row = watch_mismatch(run, batch(sampler_T), stats[step == 5], log, told.append)
+            assert row["mismatch_alarm"] == (step == 5)
+    assert told == ["step 5: sampler and policy differ by 0.7 nats a token on average (at most 0.7); usual is 0.0001"]
+    (event,) = read_events(tmp_path)
+    assert (event["kind"], event["step"], event["weight_version"]) == ("mismatch_alarm", 5, 0)
+    assert row["importance_outside"] == 1  # a ratio of 2.01, cut to 2
+    assert row["importance_mean"] == pytest.approx(math.exp(0.7), rel=1e-5)
 
 
 def test_a_resumed_watch_says_the_same():
@@ -144,6 +169,7 @@ def test_gradients_are_multiplied_by_the_weights(options, weights):
         objective = learning(**options).objective(rollouts, stats, logprob_T, advantage_R, None)
         moving_T = logprob_T.clone().requires_grad_()
         objective(moving_T, stats.entropy_T, slice(0, 4)).backward()
+        assert moving_T.grad is not None
         return moving_T.grad
 
     plain = gradient(None)

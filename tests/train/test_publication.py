@@ -206,5 +206,6 @@ def test_one_batch_is_of_one_version():
 def test_rollouts_keep_their_version_and_the_samplers_numbers():
     kept = rollouts(7).select(torch.tensor([True]))
     assert kept.weight_version == 7
+    assert kept.sampler_logprob_T is not None
     assert kept.sampler_logprob_T.tolist() == [-1.0, -2.0]
     assert dataclasses.replace(kept, weight_version=8).weight_version == 8

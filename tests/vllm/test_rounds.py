@@ -159,7 +159,10 @@ def test_broken_weights_are_named():
     engine.publish(1)
     with pytest.raises(NonFiniteError, match="weight version 1"):
         draw(engine)
-    engine.close()
+    # And weights that are not this model's, by name.
+    object.__setattr__(engine.model, "weights", lambda: iter([("model.layers.0.adapter.weight", torch.ones(2))]))
+    with pytest.raises(PublicationError, match=r"could not load weight version 2: .*layers\.0\.adapter"):
+        engine.publish(2)
 
 
 def test_it_sleeps_while_the_policy_learns():
@@ -174,7 +177,6 @@ def test_it_sleeps_while_the_policy_learns():
         with pytest.raises(AssertionError, match="asleep"):
             draw(engine)
         learn(policy, rollouts)
-    engine.close()
 
 
 def test_a_wait_ends_and_says_who_waited_for_whom():
@@ -194,7 +196,6 @@ def test_a_wait_ends_and_says_who_waited_for_whom():
     with pytest.raises(WaitedTooLong, match="still has not done: take over weight version 7"):
         draw(engine)
     hang.set()
-    engine.close()
 
 
 def test_a_sampler_in_bfloat16_is_near(published):
@@ -206,7 +207,6 @@ def test_a_sampler_in_bfloat16_is_near(published):
     assert 1e-4 < metrics["mismatch_mean"] < 0.05
     assert metrics["mismatch_kl"] < 0.01
     assert 0.8 < metrics["mismatch_ratio_p01"] < metrics["mismatch_ratio_p50"] < metrics["mismatch_ratio_p99"] < 1.25
-    engine.close()
 
 
 def test_heads_without_a_kernel_are_refused():

@@ -37,7 +37,7 @@ def settings(folder, *extra):
 
 
 def rows(folder):
-    timed = ("seconds", "tokens_per_second", "publish_seconds")
+    timed = ("seconds", "tokens_per_second")
     return [{k: v for k, v in row.items() if not k.startswith(timed)} for row in read_metrics(folder / "run")]
 
 
