@@ -10,7 +10,7 @@ import torch
 from entrocraft import Rollouts
 from entrocraft.train.data import Problem
 from entrocraft.train.errors import NonFiniteError
-from entrocraft.train.evaluation import sample_rows, spread_out
+from entrocraft.train.evaluation import completion_texts, sample_rows, spread_out
 from entrocraft.train.metrics import SAMPLES_FILE, MetricsLog
 from entrocraft.train.rewards import RewardBatch
 from entrocraft.train.run import Run
@@ -80,16 +80,12 @@ def report_rewards(run: Run, rewards: RewardBatch, log: MetricsLog, say: Callabl
 
 
 def save_samples(
-    run: Run,
-    rollouts: Rollouts,
-    texts: Sequence[str],
-    rewards: RewardBatch,
-    problems: Sequence[Problem],
-    log: MetricsLog,
+    run: Run, rollouts: Rollouts, rewards: RewardBatch, problems: Sequence[Problem], log: MetricsLog
 ) -> None:
     """Writes some of a step's rollouts, with their rewards, to `samples.jsonl`, every `saved_samples_every` steps."""
     evaluation = run.config.evaluation
     if not evaluation.saved_samples_every or run.step % evaluation.saved_samples_every:
         return
-    rows = spread_out(sample_rows(rollouts, texts, rewards, problems), evaluation.saved_samples)
-    log.rows(SAMPLES_FILE, [{"step": run.step, "kind": "training", **row} for row in rows])
+    rows = sample_rows(rollouts, completion_texts(rollouts, run.policy), rewards, problems)
+    shown = spread_out(rows, evaluation.saved_samples)
+    log.rows(SAMPLES_FILE, [{"step": run.step, "kind": "training", **row} for row in shown])

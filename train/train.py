@@ -40,8 +40,8 @@ def train_step(run: Run, pool: RewardPool, log: MetricsLog, say: Callable[[str],
         [run.prompts[i] for i in chosen], config.batch.samples_per_prompt, stream=(config.seed, SAMPLE, run.step)
     )
     clock.lap("sample")
-    texts, problems = completion_texts(rollouts, run.policy), [run.problems[i] for i in chosen]
-    rewards = grade(rollouts, texts, problems, pool)
+    problems = [run.problems[i] for i in chosen]
+    rewards = grade(rollouts, completion_texts(rollouts, run.policy), problems, pool)
     clock.lap("reward")
     row: dict[str, float | str] = {"lr": run.set_learning_rate()}
     try:
@@ -62,7 +62,7 @@ def train_step(run: Run, pool: RewardPool, log: MetricsLog, say: Callable[[str],
     run.engine.publish(run.step)
     run.samples += rollouts.R
     report_rewards(run, rewards, log, say)
-    save_samples(run, rollouts, texts, rewards, problems, log)
+    save_samples(run, rollouts, rewards, problems, log)
     return row | batch_metrics(run, rollouts, rewards) | clock.metrics(rollouts.T)
 
 
