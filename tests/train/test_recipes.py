@@ -66,6 +66,12 @@ def test_no_recipe_is_forgotten():
     }
 
 
+def test_the_page_names_every_recipe():
+    page = (Path(__file__).parents[2] / "docs" / "recipes.md").read_text()
+    missing = [path.stem for path in CONFIGS.rglob("*.yaml") if f"`{path.stem}" not in page]
+    assert missing == ["base"], "which stands below all others"
+
+
 @pytest.mark.parametrize("path", sorted(CONFIGS.rglob("*.yaml")), ids=lambda path: path.stem)
 def test_every_file_gives_a_run_that_could_begin(path):
     config = load_config([f"--config={path}"])
