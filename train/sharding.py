@@ -61,14 +61,16 @@ def is_tied(model: Any) -> bool:
 
 
 def blocks(model: Any) -> list[nn.Module]:
-    """The decoder blocks: the longest list of modules in the backbone. ValueError when there is none."""
+    """The decoder blocks: a list of `num_hidden_layers` modules in the backbone, else its longest list. ValueError when
+    there is none."""
     lists = [module for module in model.base_model.modules() if isinstance(module, nn.ModuleList)]
     if not lists:
         raise ValueError(
             f"{type(model).__name__} has no list of decoder blocks in its backbone, so it cannot be sharded block by "
             "block; train it on one process with parallel.param_dtype = 'float32'"
         )
-    return list(max(lists, key=len))
+    layers = getattr(model.config.get_text_config(decoder=True), "num_hidden_layers", None)
+    return list(max(lists, key=lambda found: (len(found) == layers, len(found))))  # experts may be more than layers
 
 
 def shard_model(model: Any, config: ParallelConfig, mesh: DeviceMesh, dtype: torch.dtype) -> None:

@@ -42,7 +42,13 @@ CASES: dict[str, dict[str, Any]] = {
     "vocabulary": {"model": "untied", "parallel": {"vocab_parallel_head": True}, "budget": 40},
     "copies": {"model": "tied", "parallel": {"shard_ranks": 2}, "budget": 14, "worlds": (4,)},
     "copies_only": {"model": "untied", "parallel": {"shard_ranks": 1}, "budget": 512, "worlds": (2,)},
-    "offload": {"model": "untied", "parallel": {"cpu_offload": True}, "checkpointing": True, "budget": 40},
+    "offload": {
+        "model": "untied",
+        "parallel": {"cpu_offload": True},
+        "checkpointing": True,
+        "budget": 40,
+        "worlds": (1, 2),
+    },
     "kept_gathered": {"model": "tied", "parallel": {"reshard_after_forward": False}, "budget": 512, "worlds": (2,)},
     "reference": {
         "model": "untied",
