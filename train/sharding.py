@@ -42,14 +42,18 @@ def needs_sharding(config: ParallelConfig, size: int, dtype: torch.dtype) -> boo
     return size > 1 or dtype != torch.float32 or config.cpu_offload
 
 
-def build_mesh(device: torch.device, size: int, shard_ranks: int | None) -> DeviceMesh:
-    """All ranks in one dimension, or ("copies", "shards") for HSDP. ValueError when `shard_ranks` does not divide."""
-    shards = shard_ranks or size
-    if size % shards:
+def check_shard_ranks(shard_ranks: int | None, size: int) -> None:
+    """Raises ValueError when so many ranks cannot be divided so."""
+    if shard_ranks is not None and size % shard_ranks:
         raise ValueError(
             f"parallel.shard_ranks = {shard_ranks}: expected a divisor of the {size} processes, so that every copy of "
             "the model has as many"
         )
+
+
+def build_mesh(device: torch.device, size: int, shard_ranks: int | None) -> DeviceMesh:
+    """All ranks in one dimension, or ("copies", "shards") for HSDP."""
+    shards = shard_ranks or size
     if shards == size:
         return init_device_mesh(device.type, (size,), mesh_dim_names=("shards",))
     return init_device_mesh(device.type, (size // shards, shards), mesh_dim_names=("copies", "shards"))

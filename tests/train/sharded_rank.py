@@ -118,7 +118,7 @@ def results(setting: Config, ranks: Ranks, batch: dict[str, Any], policy: Policy
     )
     policy.check(rollouts.prompts[0])
     stats = policy.score(rollouts, budget)
-    made: dict[str, Any] = {"scores": stats.as_dict()}
+    made: dict[str, Any] = {"scores": stats.as_dict(), "ends": policy.eos_ids}
     reference = Reference.load(setting, policy, ranks, CPU)
     if reference is not None:
         learning = replace(learning, penalty=reference.penalty(rollouts, stats, decision, budget))
