@@ -69,7 +69,8 @@ class Policy:
 
         Raises FileNotFoundError for a local path that does not exist; whatever transformers raises for a bad one.
         """
-        model, tokenizer = load_whole(config, seed)
+        attention = config.attention if config.attention in ("sdpa", "eager") else None  # the others need bfloat16
+        model, tokenizer = load_whole(config, seed, attention)
         return cls(model, tokenizer, temperature=temperature, device=device)
 
     @property

@@ -42,7 +42,13 @@ CASES: dict[str, dict[str, Any]] = {
     "vocabulary": {"model": "untied", "parallel": {"vocab_parallel_head": True}, "budget": 40},
     "copies": {"model": "tied", "parallel": {"shard_ranks": 2}, "budget": 14, "worlds": (4,)},
     "copies_only": {"model": "untied", "parallel": {"shard_ranks": 1}, "budget": 512, "worlds": (2,)},
-    "offload": {"model": "untied", "parallel": {"cpu_offload": True}, "checkpointing": True, "budget": 40},
+    "offload": {
+        "model": "untied",
+        "parallel": {"cpu_offload": True},
+        "checkpointing": True,
+        "budget": 40,
+        "worlds": (1, 2),
+    },
     "kept_gathered": {"model": "tied", "parallel": {"reshard_after_forward": False}, "budget": 512, "worlds": (2,)},
     "reference": {
         "model": "untied",
@@ -112,7 +118,7 @@ def results(setting: Config, ranks: Ranks, batch: dict[str, Any], policy: Policy
     )
     policy.check(rollouts.prompts[0])
     stats = policy.score(rollouts, budget)
-    made: dict[str, Any] = {"scores": stats.as_dict()}
+    made: dict[str, Any] = {"scores": stats.as_dict(), "ends": policy.eos_ids}
     reference = Reference.load(setting, policy, ranks, CPU)
     if reference is not None:
         learning = replace(learning, penalty=reference.penalty(rollouts, stats, decision, budget))

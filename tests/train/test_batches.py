@@ -1,8 +1,6 @@
 """Groups without a signal kept, filtered and refilled; constant effective batches; whole runs of a few steps."""
 
-import contextlib
 import dataclasses
-import io
 import json
 
 import pytest
@@ -11,9 +9,13 @@ import yaml
 
 from entrocraft import Rollouts
 from entrocraft.train.batches import Graded
+from entrocraft.train.config_reader import load_config
+from entrocraft.train.metrics import MetricsLog
 from entrocraft.train.problems import Problem
-from entrocraft.train.rewards import RewardBatch
-from entrocraft.train.train import main
+from entrocraft.train.rewards import RewardBatch, RewardPool
+from entrocraft.train.run import Run
+from entrocraft.train.spread import SpreadPool
+from entrocraft.train.train import train_step
 
 REWARDS = """
 def half(completion, answer, prompt):  # every second problem has one reward for all
@@ -49,21 +51,31 @@ def work(tmp_path, monkeypatch):
     return tmp_path
 
 
-def rows(work, name, *arguments, code=0):
-    """Metrics of a run in this process, without times."""
-    with contextlib.redirect_stdout(io.StringIO()):
-        assert main(["--config=run.yaml", f"--run_dir={name}", *arguments]) == code
-    lines = [json.loads(line) for line in (work / name / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in row.items() if not k.startswith(("seconds", "tokens_per_second"))} for row in lines]
+def rows(name, *arguments, steps=2):
+    """Metrics of a run of so many further steps, without times."""
+    run = Run(load_config(["--config=run.yaml", f"--run_dir={name}", "--resume=auto", *arguments]))
+    resumed = run.resume()
+    run.begin(resumed)
+    made = []
+    with (
+        RewardPool(run.config.reward.name, workers=0, timeout_s=1.0) as pool,
+        MetricsLog(run.dir, resume_step=resumed) as log,
+    ):
+        for _ in range(steps):
+            run.step += 1
+            made.append(train_step(run, SpreadPool(pool, run.ranks), log, print))
+    run.save()
+    run.end()
+    return [{k: v for k, v in row.items() if not k.startswith(("seconds", "tokens_per_second"))} for row in made]
 
 
 MORE = ("--refill.max_waves=8", "--refill.max_factor=8")
 
 
 def test_groups_without_a_signal_are_kept_filtered_or_refilled(work):
-    kept = rows(work, "kept")
-    filtered = rows(work, "filtered", "--refill.zero_variance=filter")
-    refilled = rows(work, "refilled", "--refill.zero_variance=refill", *MORE)
+    kept = rows("kept")
+    filtered = rows("filtered", "--refill.zero_variance=filter")
+    refilled = rows("refilled", "--refill.zero_variance=refill", *MORE)
     for row in kept:
         assert "prompts_learnt" not in row
     for row in filtered:
@@ -78,7 +90,7 @@ def test_groups_without_a_signal_are_kept_filtered_or_refilled(work):
 
 
 def test_nothing_to_learn_from_is_a_step_without_an_update(work):
-    for row in rows(work, "none", "--reward.name=signal_rewards:same", "--refill.zero_variance=refill"):
+    for row in rows("none", "--reward.name=signal_rewards:same", "--refill.zero_variance=refill"):
         assert row["updates"] == 0
         assert row["prompts_learnt"] == row["prompts_sampled"] == 12  # three waves of four, kept as they are
         assert row["reward"] == 0
@@ -86,18 +98,17 @@ def test_nothing_to_learn_from_is_a_step_without_an_update(work):
 
 def test_oversampling_keeps_the_same_number_every_step_and_resumes_exactly(work):
     oversample = ("--refill.oversample=true", *MORE)
-    whole = rows(work, "whole", *oversample)
+    whole = rows("whole", *oversample)
     assert [row["effective_samples"] for row in whole] == [32, 32]
     assert all(32 <= row["kept_before_subsampling"] <= row["generated"] <= 256 for row in whole)
     assert len({row["generated"] for row in whole}) > 1
-    rows(work, "cut", *oversample, "--optimizer.steps=1")
-    assert rows(work, "cut", *oversample, "--resume=auto") == whole
+    assert rows("cut", *oversample, steps=1) + rows("cut", *oversample, steps=1) == whole
 
 
 def test_where_the_budget_ends_early_the_loss_is_scaled_down(work):
     scarce = ("--reward.name=signal_rewards:scarce", "--refill.oversample=true", "--entropy.rule=none")
     for aggregation, scaled in (("kept_tokens", True), ("token_mean", False)):
-        for row in rows(work, aggregation, *scarce, f"--loss.aggregation={aggregation}", "--optimizer.steps=1"):
+        for row in rows(aggregation, *scarce, f"--loss.aggregation={aggregation}", steps=1):
             assert row["generated"] == 128
             assert 0 < row["effective_samples"] < 32
             assert row["loss_factor"] == (row["effective_samples"] / 32 if scaled else 1)
@@ -148,4 +159,4 @@ def test_groups_are_taken_out_whole_and_renumbered():
 
 def test_settings_that_contradict(work):
     with pytest.raises(ValueError, match=r"refill.zero_variance = 'refill': expected 'keep' or 'filter' beside"):
-        main(["--config=run.yaml", "--refill.oversample=true", "--refill.zero_variance=refill"])
+        load_config(["--config=run.yaml", "--refill.oversample=true", "--refill.zero_variance=refill"])

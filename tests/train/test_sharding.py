@@ -33,6 +33,7 @@ def folder(tmp_path_factory):
     for name in ("tied", "untied"):
         shape = TinyModelConfig(hidden_size=32, layers=2, heads=2, mlp_size=64, context=64, tied=name == "tied")
         model, tokenizer = build_tiny_model(shape, 0)
+        model.generation_config.eos_token_id = [1, 7]
         model.save_pretrained(place / name)
         tokenizer.save_pretrained(place / name)
     policy = Policy(model, tokenizer, temperature=0.9, device=torch.device("cpu"))
@@ -106,6 +107,7 @@ def test_ranks_equal_one_process(worlds, alone, world, name):
                 assert apart(value, expected[kind][key]) <= limit, f"{kind} {key}"
                 assert torch.equal(value, ranks[0][kind][key]), f"{kind} {key} differs between ranks"
         assert made["metrics"] == ranks[0]["metrics"]
+        assert made["ends"] == expected["ends"] == [1, 7]
         for kind in ("sums", "metrics"):
             for key, value in expected[kind].items():
                 if name != "bfloat16" or key in ("tokens", "updates", "updates_empty"):
