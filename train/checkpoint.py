@@ -32,7 +32,7 @@ from torch.distributed.checkpoint.state_dict import (
 from entrocraft.train.parallel import Ranks
 
 _MARK = "COMPLETE.json"
-_STATE = "state.json"
+STATE_FILE = "state.json"
 
 
 def model_fingerprint(model: nn.Module) -> str:
@@ -58,7 +58,7 @@ def _write_json(path: Path, content: object) -> None:
 
 
 @contextmanager
-def _one_process() -> Iterator[None]:
+def one_process() -> Iterator[None]:
     """Hides the library's remark that there is no process group; one process is what is meant."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
@@ -139,12 +139,12 @@ class CheckpointFolder:
         if self.ranks.size > 1:
             state_dict_saver.save(tensors, checkpoint_id=folder, process_group=self.ranks.host_group)
             return
-        with _one_process():
+        with one_process():
             state_dict_saver.save(tensors, checkpoint_id=folder, no_dist=True)
 
     def _finish(self, aside: Path, place: Path, state: dict[str, Any]) -> None:
         """Syncs what all ranks wrote, marks it whole, renames it, and removes what is older than the newest `keep`."""
-        _write_json(aside / _STATE, state)
+        _write_json(aside / STATE_FILE, state)
         sizes = {file.name: file.stat().st_size for file in aside.iterdir()}
         for name in sizes:
             _sync(aside / name)
@@ -166,7 +166,7 @@ class CheckpointFolder:
         if not whole:
             return None
         folder = whole[-1]
-        state = json.loads((folder / _STATE).read_text())
+        state = json.loads((folder / STATE_FILE).read_text())
         if state["model_fingerprint"] != model_fingerprint(model):
             raise ValueError(
                 f"{folder} holds another model (fingerprint {state['model_fingerprint']}, this one is "
@@ -177,7 +177,7 @@ class CheckpointFolder:
         if self.ranks.size > 1:
             state_dict_loader.load(tensors, checkpoint_id=folder, process_group=self.ranks.host_group)
         else:
-            with _one_process():
+            with one_process():
                 state_dict_loader.load(tensors, checkpoint_id=folder, no_dist=True)
         set_model_state_dict(model, tensors["model"], options=_trained(model))
         if state["optimizer_used"]:

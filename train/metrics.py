@@ -114,19 +114,24 @@ def read_metrics(run_dir: str | Path) -> list[dict[str, Any]]:
     path = Path(run_dir) / METRICS_FILE
     if not path.is_file():
         raise FileNotFoundError(f"no {METRICS_FILE} in {Path(run_dir)}: not the folder of a run, or none has begun")
-    return _read_rows(path)
+    return read_rows(path)
 
 
 def read_events(run_dir: str | Path) -> list[dict[str, Any]]:
     """The rows of `events.jsonl`; none if the run had no events."""
     path = Path(run_dir) / EVENTS_FILE
-    return _read_rows(path) if path.is_file() else []
+    return read_rows(path) if path.is_file() else []
 
 
 def read_samples(run_dir: str | Path) -> list[dict[str, Any]]:
     """The rows of `samples.jsonl`; none if the run saved none."""
     path = Path(run_dir) / SAMPLES_FILE
-    return _read_rows(path) if path.is_file() else []
+    return read_rows(path) if path.is_file() else []
+
+
+def depends_on_the_clock(name: str) -> bool:
+    """Whether a metric tells of the machine (wall-clock time, speed, memory) and so differs between equal runs."""
+    return not {"seconds", "second", "mfu", "flops", "memory", "rss"}.isdisjoint(name.split("_"))
 
 
 def finite(value: Any) -> Any:
@@ -169,7 +174,8 @@ def _tag(name: str) -> str:
     return f"{group}/{rest}" if separator and group in ("eval", "kept", "reward", "seconds") else name
 
 
-def _read_rows(path: Path) -> list[dict[str, Any]]:
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """The rows of one file, without a torn last line. ValueError (`file:line`) if another line is broken."""
     lines = path.read_bytes().splitlines(keepends=True)
     rows: list[dict[str, Any]] = []
     for number, line in enumerate(lines, start=1):
@@ -193,7 +199,7 @@ def _cut(path: Path, last_step: int) -> None:
     """Drop the lines of steps after `last_step` and a torn last line, in one atomic replacement."""
     if not path.is_file():
         return
-    kept = [row for row in _read_rows(path) if row.get("step") is None or row["step"] <= last_step]
+    kept = [row for row in read_rows(path) if row.get("step") is None or row["step"] <= last_step]
     aside = path.with_name(path.name + ".partial")
     with aside.open("w", encoding="utf-8") as file:
         file.writelines(json.dumps(row) + "\n" for row in kept)

@@ -3,13 +3,15 @@
     python train/train.py --config train/configs/gsm8k_tiny.yaml --data.train gsm8k_train.jsonl
     python train/train.py --config runs/gsm8k_tiny/config.yaml --resume auto
     torchrun --nproc-per-node 8 train/train.py --config ...
+    torchrun --nproc-per-node 8 train/train.py --verify-resume --config ...
 
 It is GRPO (group-relative advantages, clipped policy gradient, one number per rollout from a program that checks the
 answer) without a critic, without a reference model and without a reward model, plus one thing: between scoring and
 updating, a controller rejects rollouts so that the policy's entropy follows `entropy.schedule`.
 
 Each step: sample, reward, score, decide, update, publish; now and then evaluate and save. Ctrl-C finishes the step,
-saves and ends; `--resume auto` goes on from there, bit for bit. `--help` lists every setting.
+saves and ends; `--resume auto` goes on from there, bit for bit, which `--verify-resume` proves for a configuration by
+training a few steps twice. `--help` lists every setting.
 """
 
 import os
@@ -21,6 +23,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from entrocraft.train import verify_resume
 from entrocraft.train.config import Config
 from entrocraft.train.config_reader import load_config
 from entrocraft.train.errors import NonFiniteError, TrainingStopped
@@ -150,8 +153,11 @@ def _run_on(config: Config, ranks: Ranks, device: torch.device) -> Run:
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line entry; returns the exit code: 0 finished, 1 stopped itself, 130 stopped by Ctrl-C with a
     checkpoint."""
-    config = load_config(sys.argv[1:] if argv is None else argv)
+    argv = sys.argv[1:] if argv is None else argv
+    config = None if verify_resume.asked_for(argv) else load_config(argv)
     try:
+        if config is None:
+            return verify_resume.verify(argv)
         run = run_training(config)
     except (TrainingStopped, NonFiniteError) as stop:
         if os.environ.get("RANK", "0") == "0":
