@@ -87,7 +87,9 @@ def verify(argv: Sequence[str], console: Console | None = None) -> int:
         if ranks.main:
             _hand_over(whole, resumed, steps // 2)
         ranks.barrier()
-        console.print(f"training again from step {steps // 2}, in {'fresh processes' if ranks.size > 1 else 'a fresh process'}")
+        console.print(
+            f"training again from step {steps // 2}, in {'fresh processes' if ranks.size > 1 else 'a fresh process'}"
+        )
         _train(ranks, resumed, [*arguments, *half, "--resume=auto"])
         failed = ranks.main and _judge(config, whole, resumed, steps, ranks.size, console)
         return int(ranks.from_main(failed))
@@ -147,9 +149,7 @@ def _judge(config: Config, whole: Path, resumed: Path, steps: int, processes: in
         last = [CheckpointFolder(run, keep=2).whole()[-1] for run in (whole, resumed)]
         lines = compare_records(whole, resumed, after=steps // 2) + compare_checkpoints(*last)
     else:
-        lines = compare_statistically(
-            whole, resumed, after=steps // 2, exact=("lr", "samples", "prompts", "staleness")
-        )
+        lines = compare_statistically(whole, resumed, after=steps // 2, exact=("lr", "samples", "prompts", "staleness"))
     table = Table("compared", "count", "result", title=f"resume, {processes} process(es), {why}", title_justify="left")
     for line in lines:
         note = f" ({line.note})" if line.note else ""
@@ -162,7 +162,9 @@ def _judge(config: Config, whole: Path, resumed: Path, steps: int, processes: in
 def _tell(lines: Sequence[Compared], whole: Path, console: Console) -> bool:
     first = next((line for line in lines if line.difference), None)
     if first is None:
-        console.print(f"resume verified: {sum(line.count for line in lines)} values compared; both runs: {whole.parent}")
+        console.print(
+            f"resume verified: {sum(line.count for line in lines)} values compared; both runs: {whole.parent}"
+        )
         return False
     print(
         f"resume NOT verified. First difference, in one piece and after the restart: {first.what}: {first.difference}. "
