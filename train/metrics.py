@@ -1,7 +1,8 @@
 """The record of a run: `metrics.jsonl`, `events.jsonl`, TensorBoard scalars, evaluations and samples of text.
 
 One JSON object a line, written and flushed at once, so that a killed run loses at most the line it was
-writing. JSON has no NaN; what is not finite is written as null and read back as None.
+writing, and synced to the disk before each checkpoint. JSON has no NaN; what is not finite is written as null
+and read back as None.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
+from entrocraft.train.durable_files import sync
 from entrocraft.train.progress import Progress
 
 __all__ = ["MetricsLog", "Progress", "read_events", "read_metrics", "read_samples"]
@@ -98,6 +100,14 @@ class MetricsLog:
         if rows:
             with (self.run_dir / file).open("a", encoding="utf-8") as opened:
                 opened.writelines(json.dumps(finite(row), ensure_ascii=False) + "\n" for row in rows)
+
+    def sync(self) -> None:
+        """Returns when everything that was recorded is on the disk: before a checkpoint says that its steps are done,
+        so that not even a power cut leaves a checkpoint without the lines before it."""
+        for name in (METRICS_FILE, EVENTS_FILE, EVALUATIONS_FILE, SAMPLES_FILE):
+            if (self.run_dir / name).exists():
+                sync(self.run_dir / name)
+        sync(self.run_dir)
 
     def close(self) -> None:
         """Flush and close all files. May be called twice."""

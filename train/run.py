@@ -2,6 +2,7 @@
 
 import fcntl
 import time
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,9 @@ from entrocraft.advantages import members
 from entrocraft.losses import AGGREGATIONS
 from entrocraft.methods import Signal, State
 from entrocraft.registry import lookup
+from entrocraft.train import data_record
 from entrocraft.train.checkpoint import CheckpointFolder
+from entrocraft.train.checkpoint_files import value_of
 from entrocraft.train.config import Config
 from entrocraft.train.config_reader import differences, save_config, to_dict
 from entrocraft.train.control import build_controller, build_method
@@ -41,7 +44,7 @@ SAMPLE, EVALUATE = 1, 2
 
 # Settings that may change when a run goes on: they decide how long, how often and where, not what a step computes.
 _FREE_ON_RESUME = (
-    *("run_dir", "resume", "checkpoint.", "evaluation.", "reward.workers"),
+    *("run_dir", "resume", "checkpoint.", "self_check.", "evaluation.", "reward.workers"),
     *(f"parallel.{name}" for name in ("shard_ranks", "reshard_after_forward", "cpu_offload", "timeout_s")),
 )
 
@@ -55,7 +58,13 @@ class Run:
         self.config = config
         self.ranks = ranks or Ranks()
         self.dir = Path(config.run_dir)
-        self.checkpoints = CheckpointFolder(self.dir, keep=config.checkpoint.keep, ranks=self.ranks)
+        self.checkpoints = CheckpointFolder(
+            self.dir,
+            keep=config.checkpoint.keep,
+            ranks=self.ranks,
+            best=bool(config.checkpoint.best),
+            asynchronous=config.checkpoint.asynchronous,
+        )
         self._refuse_or_compare()
         # Mistakes first, slow things after.
         self.method = build_method(config)
@@ -79,6 +88,8 @@ class Run:
             self.data.train.prompts,
             self.data.held_out,
         )
+        if self.checkpoints.whole():
+            data_record.compare(self.dir, self.data)
         self._check_sizes()
         self.policy.check(self.prompts[0])
         self.liger = use_liger(self.policy, config.model, self.prompts[0][:64])
@@ -185,7 +196,7 @@ class Run:
             raise ValueError(
                 f"run_dir = {self.config.run_dir!r} is in use by another process; stop it, or choose another run_dir"
             ) from None
-        self.checkpoints.remove_unfinished()
+        self.checkpoints.tidy()
         metrics = self.dir / METRICS_FILE
         if resumed is None and metrics.exists() and metrics.stat().st_size:
             mark = time.strftime("before-%Y%m%d-%H%M%S")
@@ -195,16 +206,19 @@ class Run:
         aside = self.dir / "config.yaml.writing"
         save_config(self.config, aside)
         aside.replace(self.dir / "config.yaml")
+        data_record.write(self.dir, self.data)
 
     def end(self) -> None:
-        """Lets go of the engine and of the run's folder."""
+        """Lets go of the engine and of the run's folder, when the last checkpoint is written."""
         self.drawing.close()
         self.engine.close()
+        self.checkpoints.close()
         if self.ranks.main:
             self._lock.close()
 
-    def save(self) -> Path:
-        """Writes a checkpoint of the present state."""
+    def save(self, row: Mapping[str, Any] | None = None) -> Path:
+        """Writes a checkpoint of the present state; `row` are the step's metrics, in which `checkpoint.best` is looked
+        up."""
         state: dict[str, Any] = {
             "samples": self.samples,
             "bad_in_a_row": self.bad_in_a_row,
@@ -214,7 +228,10 @@ class Run:
             "drawn": self.drawing.state_dict(),
             "mismatch": self.mismatch.state_dict(),
         }
-        return self.checkpoints.save(self.step, self.policy.model, self.optimizer, state)
+        best, value = self.config.checkpoint.best, None
+        if best and row is not None:
+            value = value_of(best, row, evaluated=self.evaluation_due())
+        return self.checkpoints.save(self.step, self.policy.model, self.optimizer, state, value)
 
     def set_learning_rate(self) -> float:
         """Sets and returns the learning rate of the present step: linear warm-up from 0, then constant."""
@@ -296,6 +313,7 @@ class Run:
     def stop_for_bad_steps(self) -> None:
         """Saves, then raises TrainingStopped: too many steps in a row could not be trained on."""
         saved = self.save()
+        self.checkpoints.wait()
         raise TrainingStopped(
             f"{self.bad_in_a_row} steps in a row could not be trained on, the last at step {self.step}: a loss, "
             "gradient or score that is not a number, or no verdict on any rollout. Reasons are in events.jsonl, "

@@ -16,7 +16,8 @@ import torch
 from torch.distributed.checkpoint import FileSystemReader, state_dict_loader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-from entrocraft.train.checkpoint import STATE_FILE, one_process
+from entrocraft.train.checkpoint import one_process
+from entrocraft.train.checkpoint_files import STATE_FILE
 from entrocraft.train.metrics import (
     EVALUATIONS_FILE,
     EVENTS_FILE,
@@ -75,7 +76,8 @@ def _difference(first: Sequence[Mapping[str, Any]], second: Sequence[Mapping[str
                 return f"step {at}, {name}: {_short(a.get(name, missing))} and {_short(b.get(name, missing))}"
     if len(first) != len(second):
         longer = max(first, second, key=len)
-        return f"{len(first)} rows and {len(second)}; the first one too many is of step {longer[min(len(first), len(second))]['step']}"
+        step = longer[min(len(first), len(second))]["step"]
+        return f"{len(first)} rows and {len(second)}; the first one too many is of step {step}"
     return None
 
 

@@ -26,7 +26,7 @@ from rich.table import Table
 from entrocraft.train import verify_resume
 from entrocraft.train.config import Config
 from entrocraft.train.config_reader import load_config
-from entrocraft.train.errors import NonFiniteError, TrainingStopped
+from entrocraft.train.errors import NonFiniteError, TrainingStopped, reason_to_stop
 from entrocraft.train.evaluation import completion_texts, evaluate_run, grade
 from entrocraft.train.interrupt import Interrupt
 from entrocraft.train.metrics import METRICS_FILE, MetricsLog
@@ -36,6 +36,7 @@ from entrocraft.train.progress import Progress
 from entrocraft.train.report import write_report
 from entrocraft.train.rewards import RewardPool
 from entrocraft.train.run import EVALUATE, Run, check_finite
+from entrocraft.train.self_check import self_check
 from entrocraft.train.sharding import compute_dtype, needs_sharding
 from entrocraft.train.spread import SilentLog, SpreadPool
 from entrocraft.train.step import update
@@ -63,6 +64,7 @@ def train_step(run: Run, pool: SpreadPool, log: MetricsLog, say: Callable[[str],
         check_verdicts(rewards)
         stats = run.policy.score(rollouts, config.batch.tokens_per_microbatch)
         check_finite(stats)
+        row |= self_check(run, rollouts)
         row |= watch_mismatch(run, rollouts, stats, log, say)
         clock.lap("score")
         decision, learning = run.decide(rollouts, stats, rewards.reward_R)
@@ -89,7 +91,7 @@ def train(run: Run, pool: SpreadPool, log: MetricsLog, progress: Progress, inter
     config = run.config
     saved = run.step
     run.engine.publish(run.step)
-    while run.step < config.optimizer.steps and not run.ranks.any(interrupt.requested):
+    while run.step < config.optimizer.steps and not run.ranks.any(interrupt.requested or run.checkpoints.failed):
         run.step += 1
         row = train_step(run, pool, log, progress.print)
         if run.evaluation_due():
@@ -98,11 +100,14 @@ def train(run: Run, pool: SpreadPool, log: MetricsLog, progress: Progress, inter
         progress.update(run.step, row)
         if run.bad_in_a_row >= config.optimizer.max_bad_steps:
             run.stop_for_bad_steps()
-        if run.step % config.checkpoint.every == 0:
-            run.save()
+        if run.step % config.checkpoint.every == 0 or run.step == config.optimizer.steps:
+            log.sync()
+            run.save(row)
             saved = run.step
     if run.step > saved:
+        log.sync()
         run.save()
+    run.checkpoints.wait()
 
 
 def announce(run: Run, resumed: int | None, console: Console) -> None:
@@ -113,6 +118,8 @@ def announce(run: Run, resumed: int | None, console: Console) -> None:
     console.print(table)
     for folder in run.checkpoints.broken():
         console.print(f"ignoring {folder}: not a whole checkpoint")
+    for folder, reason in run.checkpoints.damaged.items():
+        console.print(f"ignoring {folder}: {reason}; going on from the one before")
     if resumed is not None:
         console.print(f"resuming after step {resumed}")
 
@@ -131,6 +138,7 @@ def _run_on(config: Config, ranks: Ranks, device: torch.device) -> Run:
     run = Run(config, ranks, device)
     resumed = run.resume()
     announce(run, resumed, console)
+    damaged = {str(folder): reason for folder, reason in run.checkpoints.damaged.items()}
     run.begin(resumed)
     try:
         with (
@@ -139,15 +147,25 @@ def _run_on(config: Config, ranks: Ranks, device: torch.device) -> Run:
             MetricsLog(run.dir, resume_step=resumed) if ranks.main else SilentLog() as log,
             Progress(config.optimizer.steps, run.step, console) as progress,
         ):
+            for folder, reason in damaged.items():
+                log.event("checkpoint_damaged", step=run.step, folder=folder, reason=reason)
             if resumed is None and ranks.main:
                 run.data.report(run.dir, log, console.print, config.data)
             train(run, SpreadPool(pool, ranks), log, progress, interrupt)
         run.policy.save(run.dir / "model")
     finally:
         if ranks.main and (run.dir / METRICS_FILE).stat().st_size:
-            console.print(f"step {run.step} of {config.optimizer.steps}; report: {write_report(run.dir)}")
+            console.print(f"step {run.step} of {config.optimizer.steps}; report: {_report(run.dir)}")
         run.end()
     return run
+
+
+def _report(run_dir: Path) -> str:
+    """Where the report is, or why there is none: what ended the run may keep it from being written too."""
+    try:
+        return str(write_report(run_dir))
+    except OSError as error:
+        return f"none, {error}"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -159,9 +177,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         if config is None:
             return verify_resume.verify(argv)
         run = run_training(config)
-    except (TrainingStopped, NonFiniteError) as stop:
-        if os.environ.get("RANK", "0") == "0":
-            print(f"stopped: {stop}", file=sys.stderr)
+    except Exception as error:
+        reason = reason_to_stop(error, int(os.environ.get("WORLD_SIZE", "1")))
+        if reason is None:
+            raise
+        if os.environ.get("RANK", "0") == "0" or not isinstance(error, TrainingStopped):
+            print(f"stopped: {reason}", file=sys.stderr)
         return 1
     return 0 if run.step >= config.optimizer.steps else 130
 

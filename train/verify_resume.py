@@ -1,4 +1,4 @@
-"""`train.py --verify-resume`: proof, on this machine and with these settings, that a run goes on as if it never stopped.
+"""`train.py --verify-resume`: proof, on this machine with these settings, that a run goes on as if it never stopped.
 
     python train/train.py --verify-resume --config train/configs/gsm8k_tiny.yaml --data.train gsm8k_train.jsonl
     torchrun --nproc-per-node 8 train/train.py --verify-resume=20 --config ...
@@ -87,9 +87,7 @@ def verify(argv: Sequence[str], console: Console | None = None) -> int:
         if ranks.main:
             _hand_over(whole, resumed, steps // 2)
         ranks.barrier()
-        console.print(
-            f"training again from step {steps // 2}, in {'fresh processes' if ranks.size > 1 else 'a fresh process'}"
-        )
+        console.print(f"training again from step {steps // 2}, in as many fresh processes ({ranks.size})")
         _train(ranks, resumed, [*arguments, *half, "--resume=auto"])
         failed = ranks.main and _judge(config, whole, resumed, steps, ranks.size, console)
         return int(ranks.from_main(failed))
@@ -163,7 +161,7 @@ def _tell(lines: Sequence[Compared], whole: Path, console: Console) -> bool:
     first = next((line for line in lines if line.difference), None)
     if first is None:
         console.print(
-            f"resume verified: {sum(line.count for line in lines)} values compared; both runs: {whole.parent}"
+            f"resume verified, {sum(line.count for line in lines)} things compared; both runs: {whole.parent}"
         )
         return False
     print(

@@ -121,7 +121,7 @@ def test_what_a_killed_writer_left_is_removed(tmp_path):
     folder = CheckpointFolder(tmp_path, keep=1)
     (folder.root / "step_000003.writing-1-2").mkdir(parents=True)
     assert len(folder.broken()) == 1
-    folder.remove_unfinished()
+    folder.tidy()
     assert folder.broken() == []
 
 

@@ -68,7 +68,7 @@ def runs(tmp_path_factory):
 def test_one_process_goes_on_bit_for_bit(runs):
     folder, told = runs
     assert "1 process(es), exact: " in told
-    assert "resume verified: " in told
+    assert "resume verified, " in told
     assert "without seconds, seconds_publish" in told
     assert "DIFFERS" not in told
     counts = {line.split("│")[1].strip(): int(line.split("│")[2]) for line in told.splitlines() if "equal" in line}
@@ -85,7 +85,7 @@ def test_one_process_goes_on_bit_for_bit(runs):
 def test_two_processes_go_on_bit_for_bit(tmp_path):
     done = verified(tmp_path, *TORCHRUN)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.count("resume verified: ") == 1  # rank 0 alone speaks
+    assert done.stdout.count("resume verified, ") == 1  # rank 0 alone speaks
     assert "2 process(es), exact: " in done.stdout
 
 
