@@ -49,7 +49,7 @@ class ShardedHead(FusedHead):
         return TokenStats(**{name: row_T.clone() for name, row_T in zip(fields, own, strict=True)})
 
     def reference_logits(self, hidden_TH: Tensor) -> Tensor:
-        """fp32 logits [T, V] of this rank's rows, from all ranks' parts of the vocabulary; all ranks call it together."""
+        """fp32 logits [T, V] of this rank's rows, from all parts of the vocabulary; all ranks call it together."""
         counts = _counts(len(hidden_TH), self.group, hidden_TH.device)
         first = sum(counts[: dist.get_rank(self.group)])
         everyone_TH = torch.cat(_gather(hidden_TH, counts, self.group))
