@@ -210,6 +210,11 @@ def test_in_the_background_what_is_saved_is_what_was(tmp_path, monkeypatch):
     folder.close()
 
 
+def save_and_wait(folder, step, model, optimizer):
+    folder.save(step, model, optimizer, {})
+    folder.wait()
+
+
 @pytest.mark.parametrize("asynchronous", [True, False], ids=["background", "waited for"])
 def test_a_write_that_fails_is_raised_once_and_leaves_the_older_one(tmp_path, asynchronous):
     folder = CheckpointFolder(tmp_path, keep=2, asynchronous=asynchronous)
@@ -220,11 +225,8 @@ def test_a_write_that_fails_is_raised_once_and_leaves_the_older_one(tmp_path, as
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, hard))  # what a quota or a full disk does to a write
     try:
-        with pytest.raises(
-            TrainingStopped, match=r"step_000002 could not be written: .*File too large.*step_000001 is"
-        ):
-            folder.save(2, model, optimizer, {})
-            folder.wait()
+        with pytest.raises(TrainingStopped, match=r"02 could not be written: .*File too large.*step_000001 is"):
+            save_and_wait(folder, 2, model, optimizer)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     folder.wait()
