@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from entrocraft.train.config_check import require as _require
+from entrocraft.train.config_checkpoint import CheckpointConfig, SelfCheckConfig
 from entrocraft.train.config_data import DataConfig
 from entrocraft.train.config_engine import EngineConfig, ImportanceConfig, MismatchConfig, SamplingConfig
 from entrocraft.train.config_evaluation import EvaluationConfig
@@ -224,20 +225,6 @@ class OptimizerConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class CheckpointConfig:
-    """Saving and resuming."""
-
-    every: int = 50
-    """Steps between checkpoints; one is always written at the end and on Ctrl-C."""
-    keep: int = 2
-    """Newest checkpoints kept."""
-
-    def __post_init__(self) -> None:
-        _require(self.every > 0, "checkpoint.every", self.every, "a positive number")
-        _require(self.keep > 0, "checkpoint.keep", self.keep, "a positive number")
-
-
-@dataclass(frozen=True, kw_only=True)
 class Config:
     """A whole run."""
 
@@ -267,6 +254,7 @@ class Config:
     optimizer: OptimizerConfig = OptimizerConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
+    self_check: SelfCheckConfig = SelfCheckConfig()
 
     def __post_init__(self) -> None:
         refills = self.refill.oversample or self.refill.zero_variance == "refill"

@@ -18,6 +18,8 @@ import torch.distributed as dist
 
 Value = TypeVar("Value")
 
+_LONGEST_WRITE = timedelta(hours=2)  # ranks may wait so long for the slowest to write its part of a checkpoint
+
 
 @dataclass(frozen=True, slots=True)
 class Ranks:
@@ -69,6 +71,13 @@ class Ranks:
         least, more = divmod(count, self.size)
         first = self.rank * least + min(self.rank, more)
         return range(first, first + least + (self.rank < more))
+
+    def another(self) -> "Ranks":
+        """The same ranks with a host group of their own, for a thread whose messages must not mix with these. All call
+        it together."""
+        if self.host_group is None:
+            return self
+        return Ranks(self.rank, self.size, dist.new_group(backend="gloo", timeout=_LONGEST_WRITE))  # type: ignore
 
     def barrier(self) -> None:
         """Waits until all ranks are here."""

@@ -1,5 +1,6 @@
 """Everything a run holds: what is built once before the first step, and what a checkpoint must bring back."""
 
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,9 @@ from entrocraft.advantages import members
 from entrocraft.losses import AGGREGATIONS
 from entrocraft.methods import Signal, State
 from entrocraft.registry import lookup
+from entrocraft.train import data_record
 from entrocraft.train.checkpoint import CheckpointFolder
+from entrocraft.train.checkpoint_files import value_of
 from entrocraft.train.config import Config
 from entrocraft.train.control import build_controller, build_method
 from entrocraft.train.data import PromptOrder
@@ -47,7 +50,13 @@ class Run:
         self.config = config
         self.ranks = ranks or Ranks()
         self.dir = Path(config.run_dir)
-        self.checkpoints = CheckpointFolder(self.dir, keep=config.checkpoint.keep, ranks=self.ranks)
+        self.checkpoints = CheckpointFolder(
+            self.dir,
+            keep=config.checkpoint.keep,
+            ranks=self.ranks,
+            best=bool(config.checkpoint.best),
+            asynchronous=config.checkpoint.asynchronous,
+        )
         self.folder = RunFolder(config, self.ranks)
         self.folder.refuse_or_compare(self.checkpoints)
         # Mistakes first, slow things after.
@@ -72,6 +81,8 @@ class Run:
             self.data.train.prompts,
             self.data.held_out,
         )
+        if self.checkpoints.whole():
+            data_record.compare(self.dir, self.data)
         self._check_sizes()
         self.policy.check(self.prompts[0])
         self.liger = use_liger(self.policy, config.model, self.prompts[0][:64])
@@ -137,15 +148,19 @@ class Run:
     def begin(self, resumed: int | None) -> None:
         """Takes the run's folder, as `RunFolder.take` does."""
         self.folder.take(resumed, self.checkpoints)
+        if self.ranks.main:
+            data_record.write(self.dir, self.data)
 
     def end(self) -> None:
-        """Lets go of the engine and of the run's folder."""
+        """Lets go of the engine and of the run's folder, when the last checkpoint is written."""
         self.drawing.close()
         self.engine.close()
+        self.checkpoints.close()
         self.folder.release()
 
-    def save(self) -> Path:
-        """Writes a checkpoint of the present state."""
+    def save(self, row: Mapping[str, Any] | None = None) -> Path:
+        """Writes a checkpoint of the present state; `row` are the step's metrics, in which `checkpoint.best` is looked
+        up."""
         state: dict[str, Any] = {
             "samples": self.samples,
             "bad_in_a_row": self.bad_in_a_row,
@@ -157,7 +172,10 @@ class Run:
             "last_direction": self.last_direction,
             "waves": None if self.waves is None else self.waves.state_dict(),
         }
-        return self.checkpoints.save(self.step, self.policy.model, self.optimizer, state)
+        best, value = self.config.checkpoint.best, None
+        if best and row is not None:
+            value = value_of(best, row, evaluated=self.evaluation_due())
+        return self.checkpoints.save(self.step, self.policy.model, self.optimizer, state, value)
 
     def set_learning_rate(self) -> float:
         """Sets and returns the learning rate of the present step: linear warm-up from 0, then constant."""
@@ -239,6 +257,7 @@ class Run:
     def stop_for_bad_steps(self) -> None:
         """Saves, then raises TrainingStopped: too many steps in a row could not be trained on."""
         saved = self.save()
+        self.checkpoints.wait()
         raise TrainingStopped(
             f"{self.bad_in_a_row} steps in a row could not be trained on, the last at step {self.step}: a loss, "
             "gradient or score that is not a number, or no verdict on any rollout. Reasons are in events.jsonl, "

@@ -145,5 +145,8 @@ class SilentLog(MetricsLog):
     def rows(self, file: str, rows: Sequence[Mapping[str, Any]]) -> None:
         """Nothing: rank 0 writes the same."""
 
+    def sync(self) -> None:
+        """Nothing: rank 0 writes the same."""
+
     def close(self) -> None:
         """Nothing is open."""

@@ -3,13 +3,15 @@
     python train/train.py --config train/configs/gsm8k_tiny.yaml --data.train gsm8k_train.jsonl
     python train/train.py --config runs/gsm8k_tiny/config.yaml --resume auto
     torchrun --nproc-per-node 8 train/train.py --config ...
+    torchrun --nproc-per-node 8 train/train.py --verify-resume --config ...
 
 It is GRPO (group-relative advantages, clipped policy gradient, one number per rollout from a program that checks the
 answer) without a critic, without a reference model and without a reward model, plus one thing: between scoring and
 updating, a controller rejects rollouts so that the policy's entropy follows `entropy.schedule`.
 
 Each step: sample, reward, score, decide, update, publish; now and then evaluate and save. Ctrl-C finishes the step,
-saves and ends; `--resume auto` goes on from there, bit for bit. `--help` lists every setting.
+saves and ends; `--resume auto` goes on from there, bit for bit, which `--verify-resume` proves for a configuration by
+training a few steps twice. `--help` lists every setting.
 """
 
 import os
@@ -21,11 +23,12 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from entrocraft.train import verify_resume
 from entrocraft.train.batch_table import batch_table
 from entrocraft.train.batches import collect, judge
 from entrocraft.train.config import Config
 from entrocraft.train.config_reader import load_config
-from entrocraft.train.errors import NonFiniteError, TrainingStopped
+from entrocraft.train.errors import NonFiniteError, TrainingStopped, reason_to_stop
 from entrocraft.train.evaluation import Grader, evaluate_run
 from entrocraft.train.interrupt import Interrupt
 from entrocraft.train.metrics import METRICS_FILE, MetricsLog
@@ -35,6 +38,7 @@ from entrocraft.train.progress import Progress
 from entrocraft.train.report import write_report
 from entrocraft.train.rewards import RewardPool
 from entrocraft.train.run import EVALUATE, Run
+from entrocraft.train.self_check import self_check
 from entrocraft.train.sharding import compute_dtype, needs_sharding
 from entrocraft.train.spread import SilentLog, SpreadPool
 from entrocraft.train.step import update
@@ -49,6 +53,7 @@ def train_step(run: Run, pool: Grader, log: MetricsLog, say: Callable[[str], Non
     try:
         judged = judge(run, pool, sampled, clock)
         sampled, decision, learning = judged.sampled, judged.decision, judged.learning
+        row |= self_check(run, judged.rollouts)
         row |= watch_mismatch(run, judged.rollouts, judged.stats, log, say)
         row |= {**decision.metrics, "reason": decision.reason, **judged.metrics}
         row |= {f"method_{name}": value for name, value in learning.state.items()}
@@ -73,7 +78,7 @@ def train(run: Run, pool: Grader, log: MetricsLog, progress: Progress, interrupt
     config = run.config
     saved = run.step
     run.engine.publish(run.step)
-    while run.step < config.optimizer.steps and not run.ranks.any(interrupt.requested):
+    while run.step < config.optimizer.steps and not run.ranks.any(interrupt.requested or run.checkpoints.failed):
         run.step += 1
         row = train_step(run, pool, log, progress.print)
         if run.evaluation_due():
@@ -82,11 +87,14 @@ def train(run: Run, pool: Grader, log: MetricsLog, progress: Progress, interrupt
         progress.update(run.step, row)
         if run.bad_in_a_row >= config.optimizer.max_bad_steps:
             run.stop_for_bad_steps()
-        if run.step % config.checkpoint.every == 0:
-            run.save()
+        if run.step % config.checkpoint.every == 0 or run.step == config.optimizer.steps:
+            log.sync()
+            run.save(row)
             saved = run.step
     if run.step > saved:
+        log.sync()
         run.save()
+    run.checkpoints.wait()
 
 
 def announce(run: Run, resumed: int | None, console: Console) -> None:
@@ -97,6 +105,8 @@ def announce(run: Run, resumed: int | None, console: Console) -> None:
     console.print(table)
     for folder in run.checkpoints.broken():
         console.print(f"ignoring {folder}: not a whole checkpoint")
+    for folder, reason in run.checkpoints.damaged.items():
+        console.print(f"ignoring {folder}: {reason}; going on from the one before")
     if resumed is not None:
         console.print(f"resuming after step {resumed}")
 
@@ -115,6 +125,7 @@ def _run_on(config: Config, ranks: Ranks, device: torch.device) -> Run:
     run = Run(config, ranks, device)
     resumed = run.resume()
     announce(run, resumed, console)
+    damaged = {str(folder): reason for folder, reason in run.checkpoints.damaged.items()}
     run.begin(resumed)
     try:
         with (
@@ -123,26 +134,42 @@ def _run_on(config: Config, ranks: Ranks, device: torch.device) -> Run:
             MetricsLog(run.dir, resume_step=resumed) if ranks.main else SilentLog() as log,
             Progress(config.optimizer.steps, run.step, console) as progress,
         ):
+            for folder, reason in damaged.items():
+                log.event("checkpoint_damaged", step=run.step, folder=folder, reason=reason)
             if resumed is None and ranks.main:
                 run.data.report(run.dir, log, console.print, config.data)
             train(run, SpreadPool(pool, ranks), log, progress, interrupt)
         run.policy.save(run.dir / "model")
     finally:
         if ranks.main and (run.dir / METRICS_FILE).stat().st_size:
-            console.print(f"step {run.step} of {config.optimizer.steps}; report: {write_report(run.dir)}")
+            console.print(f"step {run.step} of {config.optimizer.steps}; report: {_report(run.dir)}")
         run.end()
     return run
+
+
+def _report(run_dir: Path) -> str:
+    """Where the report is, or why there is none: what ended the run may keep it from being written too."""
+    try:
+        return str(write_report(run_dir))
+    except OSError as error:
+        return f"none, {error}"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line entry; returns the exit code: 0 finished, 1 stopped itself, 130 stopped by Ctrl-C with a
     checkpoint."""
-    config = load_config(sys.argv[1:] if argv is None else argv)
+    argv = sys.argv[1:] if argv is None else argv
+    config = None if verify_resume.asked_for(argv) else load_config(argv)
     try:
+        if config is None:
+            return verify_resume.verify(argv)
         run = run_training(config)
-    except (TrainingStopped, NonFiniteError) as stop:
-        if os.environ.get("RANK", "0") == "0":
-            print(f"stopped: {stop}", file=sys.stderr)
+    except Exception as error:
+        reason = reason_to_stop(error, int(os.environ.get("WORLD_SIZE", "1")))
+        if reason is None:
+            raise
+        if os.environ.get("RANK", "0") == "0" or not isinstance(error, TrainingStopped):
+            print(f"stopped: {reason}", file=sys.stderr)
         return 1
     return 0 if run.step >= config.optimizer.steps else 130
 

@@ -30,6 +30,7 @@ from entrocraft.train.loading import load
 from entrocraft.train.parallel import Ranks
 from entrocraft.train.policy import Policy
 from entrocraft.train.reference import Reference
+from entrocraft.train.self_check import differences, some_rows
 from entrocraft.train.sharding import full_tensor
 from entrocraft.train.step import Learning, accumulate, make_share, update
 
@@ -119,6 +120,8 @@ def results(setting: Config, ranks: Ranks, batch: dict[str, Any], policy: Policy
     policy.check(rollouts.prompts[0])
     stats = policy.score(rollouts, budget)
     made: dict[str, Any] = {"scores": stats.as_dict(), "ends": policy.eos_ids}
+    rows = some_rows(rollouts, ranks.rank, 8)
+    made["self_check"] = differences(*policy.stats_and_reference(rows, rollouts.token_T))
     reference = Reference.load(setting, policy, ranks, CPU)
     if reference is not None:
         learning = replace(learning, penalty=reference.penalty(rollouts, stats, decision, budget))
@@ -247,8 +250,12 @@ def main(folder: Path) -> None:
             policy = load_policy(setting, ranks)
             optimizer = adam(policy)
             learn(policy, setting, optimizer, batch)
-            CheckpointFolder(run, keep=1, ranks=ranks).save(1, policy.model, optimizer, {})
             made[f"saved_{name}"] = saved_state(policy, optimizer)
+            checkpoints = CheckpointFolder(run, keep=1, ranks=ranks, asynchronous=True)
+            checkpoints.save(1, policy.model, optimizer, {})
+            learn(policy, setting, optimizer, batch)  # while threads write, all ranks go on and talk to each other
+            checkpoints.wait()
+            made[f"moved_{name}"] = saved_state(policy, optimizer)
         torch.save(made, folder / f"rank{ranks.rank}_of_{ranks.size}.pt")
 
 
