@@ -151,7 +151,8 @@ def build_parser() -> ArgumentParser:
     parser = ArgumentParser(
         prog="train.py",
         description="RL of a language model along an entropy curve. Example: "
-        "train.py --config train/configs/gsm8k_tiny.yaml --data.train gsm8k_train.jsonl --optimizer.steps 20",
+        "train.py --config train/configs/gsm8k_tiny.yaml --data.train gsm8k_train.jsonl --optimizer.steps 20. "
+        "With --plan it predicts memory instead of training: train.py --plan --help.",
         exit_on_error=False,
     )
     parser.add_argument(

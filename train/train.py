@@ -9,7 +9,8 @@ answer) without a critic, without a reference model and without a reward model, 
 updating, a controller rejects rollouts so that the policy's entropy follows `entropy.schedule`.
 
 Each step: sample, reward, score, decide, update, publish; now and then evaluate and save. Ctrl-C finishes the step,
-saves and ends; `--resume auto` goes on from there, bit for bit. `--help` lists every setting.
+saves and ends; `--resume auto` goes on from there, bit for bit. `--help` lists every setting; `--plan --world-size 8`
+predicts what each of 8 processes needs of memory, and trains nothing.
 """
 
 import os
@@ -21,6 +22,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from entrocraft.train import plan_command
 from entrocraft.train.config import Config
 from entrocraft.train.config_reader import load_config
 from entrocraft.train.errors import NonFiniteError, TrainingStopped
@@ -150,7 +152,10 @@ def _run_on(config: Config, ranks: Ranks, device: torch.device) -> Run:
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line entry; returns the exit code: 0 finished, 1 stopped itself, 130 stopped by Ctrl-C with a
     checkpoint."""
-    config = load_config(sys.argv[1:] if argv is None else argv)
+    argv = sys.argv[1:] if argv is None else argv
+    if plan_command.wanted(argv):
+        return plan_command.main(argv)
+    config = load_config(argv)
     try:
         run = run_training(config)
     except (TrainingStopped, NonFiniteError) as stop:

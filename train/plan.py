@@ -1,0 +1,174 @@
+"""What a run will need of each rank's memory, phase by phase, from the shape of its model and its settings alone.
+
+Nothing is loaded: parameters are counted on the meta device, sharded as FSDP2 shards them, and activations come from
+the model's own code run on tensors without storage (`plan_trace.py`). Bytes are those of the first rank, which has the
+most.
+
+    weights, optimizer, gradients   fp32, this rank's rows: what it keeps from step to step
+    gathered weights                what FSDP holds whole: all outside the blocks, and two blocks, one fetched ahead
+    activations, backward pass      kept for the backward pass, and what it makes on its way
+    hidden rows, head buffer        the head's input and its fp32 gradient, and its bounded workspace
+    head gradient, reduction        of the head's weight; of other weights, in the compute dtype and in fp32
+    KV cache, logits                of the rollouts under way, with `engine.name: hf`
+
+The largest micro-batch is planned for: full of sequences of the longest prompt and response, every token of which
+reaches the head. Not counted, and allowed for by RESERVE: CUDA's context, libraries' workspaces, NCCL's buffers, what
+the allocator loses between tensors.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+from entrocraft.train.config import Config
+from entrocraft.train.plan_phases import Phase, phases, token_cache
+from entrocraft.train.plan_sizes import Sizes, Traces
+
+GB = 10**9
+RESERVE = 4 * GB
+"""Bytes of a device that no plan gives away: an allowance, not a prediction."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """The prediction for the first of `world_size` ranks."""
+
+    source: str
+    """Where the shape of the model was found."""
+    parameters: int
+    trained: int
+    """Parameters with a gradient."""
+    world_size: int
+    dtype: str
+    attention: str
+    rows: int
+    length: int
+    """The planned micro-batch: rows of packed tokens, and tokens a row."""
+    activations: dict[str, int]
+    """Bytes kept between a forward pass and its backward pass, `without` and `with` checkpointing."""
+    phases: list[Phase]
+    host_bytes: int
+    """What `parallel.cpu_offload` puts into host memory instead, for each rank."""
+    cache_tokens: int | None
+    """vLLM: tokens whose keys and values fit beside its weights; None without it."""
+
+    @property
+    def peak(self) -> int:
+        """Bytes of the fullest phase."""
+        return max(phase.peak for phase in self.phases)
+
+    def fits(self, gpu_bytes: int) -> bool:
+        """Whether a device of so many bytes has room, RESERVE included, and vLLM for its own weights."""
+        return self.peak + RESERVE <= gpu_bytes and (self.cache_tokens is None or self.cache_tokens > 0)
+
+
+def make_plan(
+    config: Config,
+    world_size: int = 1,
+    *,
+    gpu_bytes: int = 80 * GB,
+    shape: str | None = None,
+    traces: Traces | None = None,
+) -> Plan:
+    """Predicts the memory of each rank of a run.
+
+    gpu_bytes: memory of a device, of which vLLM takes its share. shape: see `model_shape`. traces: passes that need not
+    be traced again, added to. Raises ValueError for settings that no run could begin with, and what `model_shape`
+    raises.
+    """
+    if world_size < 1:
+        raise ValueError(f"--world-size {world_size}: expected 1 or more processes")
+    sizes = Sizes(config, world_size, shape, traces)
+    return Plan(
+        source=sizes.source,
+        parameters=sizes.total,
+        trained=sizes.trained,
+        world_size=world_size,
+        dtype=str(sizes.dtype).removeprefix("torch."),
+        attention=sizes.attention,
+        rows=sizes.rows,
+        length=sizes.length,
+        activations={"without": sizes.trace(False).kept, "with": sizes.trace(True).kept},
+        phases=phases(sizes, gpu_bytes),
+        host_bytes=sum(held.nbytes for held in sizes.held) if sizes.offloaded else 0,
+        cache_tokens=_cache_tokens(sizes, gpu_bytes),
+    )
+
+
+def _cache_tokens(sizes: Sizes, gpu_bytes: int) -> int | None:
+    """vLLM keeps weights of 16 bits whole on every rank; the rest of its share is for keys and values."""
+    if sizes.config.engine.name != "vllm":
+        return None
+    room = int(sizes.config.engine.memory * gpu_bytes) - 2 * sizes.total
+    return max(0, room) // (len(sizes.block_sizes) * token_cache(sizes))
+
+
+@dataclass(frozen=True, slots=True)
+class Advice:
+    """A change, and the peak with it."""
+
+    change: str
+    peak: int
+    fits: bool
+
+
+def advise(config: Config, world_size: int, *, gpu_bytes: int, shape: str | None, traces: Traces) -> list[Advice]:
+    """Changes that lower the peak of a plan that does not fit, the least costly first, each alone; then, if none of
+    them is enough, all that only cost time together, on more and more ranks."""
+    found: list[Advice] = []
+    options: dict[str, Any] = {"gpu_bytes": gpu_bytes, "shape": shape, "traces": traces}
+    present = make_plan(config, world_size, **options)
+    for change, changed, ranks in _changes(config, world_size, present):
+        plan = make_plan(changed, ranks, **options)
+        if plan.peak < 0.98 * present.peak or plan.fits(gpu_bytes):
+            found.append(Advice(change, plan.peak, plan.fits(gpu_bytes)))
+    if any(advice.fits for advice in found):
+        return found
+    thrifty = _thrifty(config, present.length)
+    for ranks in (world_size * 2**i for i in range(8)):
+        plan = make_plan(thrifty, ranks, **options)
+        if plan.fits(gpu_bytes):
+            change = f"all of that (but offloading) on {ranks} processes" if ranks > 1 else "all of that together"
+            return [*found, Advice(change, plan.peak, True)]
+    return found
+
+
+def _changes(config: Config, world_size: int, present: Plan) -> Iterator[tuple[str, Config, int]]:
+    model, parallel, batch = config.model, config.parallel, config.batch
+    if not model.gradient_checkpointing:
+        changed = replace(config, model=replace(model, gradient_checkpointing=True))
+        yield "model.gradient_checkpointing = true", changed, world_size
+    tokens = batch.tokens_per_microbatch // 2
+    if tokens >= present.length:
+        while tokens // 2 >= present.length:
+            tokens //= 2
+        changed = replace(config, batch=replace(batch, tokens_per_microbatch=tokens))
+        yield f"batch.tokens_per_microbatch = {tokens}", changed, world_size
+    if not parallel.reshard_after_forward:
+        changed = replace(config, parallel=replace(parallel, reshard_after_forward=True))
+        yield "parallel.reshard_after_forward = true", changed, world_size
+    if config.engine.name == "hf" and config.sampling.rollouts_per_batch > 16:
+        changed = replace(config, sampling=replace(config.sampling, rollouts_per_batch=16))
+        yield "sampling.rollouts_per_batch = 16", changed, world_size
+    if config.engine.name == "vllm" and config.engine.memory > 0.3:
+        yield "engine.memory = 0.3", replace(config, engine=replace(config.engine, memory=0.3)), world_size
+    for ranks in (2 * world_size, 4 * world_size):
+        yield f"{ranks} processes", replace(config, parallel=replace(parallel, shard_ranks=None)), ranks
+    if not parallel.cpu_offload and not parallel.vocab_parallel_head:
+        changed = replace(config, parallel=replace(parallel, cpu_offload=True))
+        yield "parallel.cpu_offload = true (slow)", changed, world_size
+
+
+def _thrifty(config: Config, length: int) -> Config:
+    """With everything that saves memory and costs time alone."""
+    tokens = config.batch.tokens_per_microbatch
+    while tokens // 2 >= length:
+        tokens //= 2
+    return replace(
+        config,
+        model=replace(config.model, gradient_checkpointing=True),
+        batch=replace(config.batch, tokens_per_microbatch=tokens),
+        parallel=replace(config.parallel, reshard_after_forward=True, shard_ranks=None),
+        sampling=replace(config.sampling, rollouts_per_batch=min(16, config.sampling.rollouts_per_batch)),
+        engine=replace(config.engine, memory=min(0.3, config.engine.memory)),
+    )
