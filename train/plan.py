@@ -22,7 +22,7 @@ from typing import Any
 
 from entrocraft.train.config import Config
 from entrocraft.train.plan_phases import Phase, phases, token_cache
-from entrocraft.train.plan_sizes import Sizes, Traces
+from entrocraft.train.plan_sizes import Known, Sizes
 
 GB = 10**9
 RESERVE = 4 * GB
@@ -68,17 +68,17 @@ def make_plan(
     *,
     gpu_bytes: int = 80 * GB,
     shape: str | None = None,
-    traces: Traces | None = None,
+    known: Known | None = None,
 ) -> Plan:
     """Predicts the memory of each rank of a run.
 
-    gpu_bytes: memory of a device, of which vLLM takes its share. shape: see `model_shape`. traces: passes that need not
-    be traced again, added to. Raises ValueError for settings that no run could begin with, and what `model_shape`
+    gpu_bytes: memory of a device, of which vLLM takes its share. shape: see `model_shape`. known: what need not
+    be found out again, added to. Raises ValueError for settings that no run could begin with, and what `model_shape`
     raises.
     """
     if world_size < 1:
         raise ValueError(f"--world-size {world_size}: expected 1 or more processes")
-    sizes = Sizes(config, world_size, shape, traces)
+    sizes = Sizes(config, world_size, shape, known)
     return Plan(
         source=sizes.source,
         parameters=sizes.total,
@@ -112,63 +112,92 @@ class Advice:
     fits: bool
 
 
-def advise(config: Config, world_size: int, *, gpu_bytes: int, shape: str | None, traces: Traces) -> list[Advice]:
-    """Changes that lower the peak of a plan that does not fit, the least costly first, each alone; then, if none of
-    them is enough, all that only cost time together, on more and more ranks."""
+Change = tuple[str, Config, int]
+"""What is changed, in words; the configuration and the number of processes with it."""
+
+
+def advise(config: Config, world_size: int, *, gpu_bytes: int, shape: str | None, known: Known) -> list[Advice]:
+    """Changes that lower the peak of a plan that does not fit, the least costly first, each alone and no further than
+    needed; then, if none of them is enough, all that only cost time together, on more and more ranks."""
     found: list[Advice] = []
-    options: dict[str, Any] = {"gpu_bytes": gpu_bytes, "shape": shape, "traces": traces}
+    options: dict[str, Any] = {"gpu_bytes": gpu_bytes, "shape": shape, "known": known}
     present = make_plan(config, world_size, **options)
-    for change, changed, ranks in _changes(config, world_size, present):
-        plan = make_plan(changed, ranks, **options)
-        if plan.peak < 0.98 * present.peak or plan.fits(gpu_bytes):
-            found.append(Advice(change, plan.peak, plan.fits(gpu_bytes)))
+    for steps in _changes(config, world_size, present.length):
+        advice = None
+        for change, changed, ranks in steps:
+            plan = make_plan(changed, ranks, **options)
+            advice = Advice(change, plan.peak, plan.fits(gpu_bytes))
+            if advice.fits:
+                break
+        if advice is not None and (advice.fits or advice.peak < 0.98 * present.peak):
+            found.append(advice)
     if any(advice.fits for advice in found):
         return found
     thrifty = _thrifty(config, present.length)
     for ranks in (world_size * 2**i for i in range(8)):
         plan = make_plan(thrifty, ranks, **options)
         if plan.fits(gpu_bytes):
-            change = f"all of that (but offloading) on {ranks} processes" if ranks > 1 else "all of that together"
+            change = f"all of that but offloading, on {ranks} processes" if ranks > 1 else "all of that but offloading"
             return [*found, Advice(change, plan.peak, True)]
     return found
 
 
-def _changes(config: Config, world_size: int, present: Plan) -> Iterator[tuple[str, Config, int]]:
-    model, parallel, batch = config.model, config.parallel, config.batch
+def _changes(config: Config, world_size: int, length: int) -> Iterator[list[Change]]:
+    """Each a way, in steps."""
+    model, parallel, sampling, engine = config.model, config.parallel, config.sampling, config.engine
     if not model.gradient_checkpointing:
         changed = replace(config, model=replace(model, gradient_checkpointing=True))
-        yield "model.gradient_checkpointing = true", changed, world_size
-    tokens = batch.tokens_per_microbatch // 2
-    if tokens >= present.length:
-        while tokens // 2 >= present.length:
-            tokens //= 2
-        changed = replace(config, batch=replace(batch, tokens_per_microbatch=tokens))
-        yield f"batch.tokens_per_microbatch = {tokens}", changed, world_size
+        yield [("model.gradient_checkpointing = true", changed, world_size)]
+    yield [
+        (
+            f"batch.tokens_per_microbatch = {tokens}",
+            replace(config, batch=replace(config.batch, tokens_per_microbatch=tokens)),
+            world_size,
+        )
+        for tokens in _halves(config.batch.tokens_per_microbatch, length)
+    ]
     if not parallel.reshard_after_forward:
         changed = replace(config, parallel=replace(parallel, reshard_after_forward=True))
-        yield "parallel.reshard_after_forward = true", changed, world_size
-    if config.engine.name == "hf" and config.sampling.rollouts_per_batch > 16:
-        changed = replace(config, sampling=replace(config.sampling, rollouts_per_batch=16))
-        yield "sampling.rollouts_per_batch = 16", changed, world_size
-    if config.engine.name == "vllm" and config.engine.memory > 0.3:
-        yield "engine.memory = 0.3", replace(config, engine=replace(config.engine, memory=0.3)), world_size
-    for ranks in (2 * world_size, 4 * world_size):
-        yield f"{ranks} processes", replace(config, parallel=replace(parallel, shard_ranks=None)), ranks
+        yield [("parallel.reshard_after_forward = true", changed, world_size)]
+    if engine.name == "hf":
+        yield [
+            (
+                f"sampling.rollouts_per_batch = {rollouts}",
+                replace(config, sampling=replace(sampling, rollouts_per_batch=rollouts)),
+                world_size,
+            )
+            for rollouts in _halves(sampling.rollouts_per_batch, 1)
+        ]
+    if engine.name == "vllm":
+        yield [
+            (f"engine.memory = {share}", replace(config, engine=replace(engine, memory=share)), world_size)
+            for share in (0.6, 0.4, 0.3, 0.2)
+            if share < engine.memory
+        ]
+    whole = replace(config, parallel=replace(parallel, shard_ranks=None))
+    yield [(f"{ranks} processes", whole, ranks) for ranks in (2 * world_size, 4 * world_size)]
     if not parallel.cpu_offload and not parallel.vocab_parallel_head:
         changed = replace(config, parallel=replace(parallel, cpu_offload=True))
-        yield "parallel.cpu_offload = true (slow)", changed, world_size
+        yield [("parallel.cpu_offload = true (slow)", changed, world_size)]
+
+
+def _halves(number: int, least: int) -> list[int]:
+    """The number halved again and again, as long as it is not below `least`."""
+    found = []
+    while number // 2 >= least:
+        number //= 2
+        found.append(number)
+    return found
 
 
 def _thrifty(config: Config, length: int) -> Config:
     """With everything that saves memory and costs time alone."""
     tokens = config.batch.tokens_per_microbatch
-    while tokens // 2 >= length:
-        tokens //= 2
     return replace(
         config,
         model=replace(config.model, gradient_checkpointing=True),
-        batch=replace(config.batch, tokens_per_microbatch=tokens),
+        batch=replace(config.batch, tokens_per_microbatch=[tokens, *_halves(tokens, length)][-1]),
         parallel=replace(config.parallel, reshard_after_forward=True, shard_ranks=None),
-        sampling=replace(config.sampling, rollouts_per_batch=min(16, config.sampling.rollouts_per_batch)),
+        sampling=replace(config.sampling, rollouts_per_batch=min(8, config.sampling.rollouts_per_batch)),
         engine=replace(config.engine, memory=min(0.3, config.engine.memory)),
     )

@@ -12,7 +12,7 @@ from rich.table import Table
 from entrocraft.train.config import Config
 from entrocraft.train.config_reader import load_config
 from entrocraft.train.plan import GB, RESERVE, Advice, Plan, advise, make_plan
-from entrocraft.train.plan_sizes import Traces
+from entrocraft.train.plan_sizes import Known
 
 
 def wanted(argv: Sequence[str]) -> bool:
@@ -42,12 +42,12 @@ def _parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str], console: Console | None = None) -> int:
     """Plans the run that the command line describes; returns the exit code."""
     options, rest = _parser().parse_known_args(argv)
-    config, traces, gpu_bytes = load_config(rest), Traces(), int(options.gpu_memory * GB)
-    plan = make_plan(config, options.world_size, gpu_bytes=gpu_bytes, shape=options.plan_shape, traces=traces)
+    config, known, gpu_bytes = load_config(rest), Known(), int(options.gpu_memory * GB)
+    plan = make_plan(config, options.world_size, gpu_bytes=gpu_bytes, shape=options.plan_shape, known=known)
     on_cpu = config.device == "cpu"
     advice: list[Advice] = []
     if not on_cpu and not plan.fits(gpu_bytes):
-        advice = advise(config, options.world_size, gpu_bytes=gpu_bytes, shape=options.plan_shape, traces=traces)
+        advice = advise(config, options.world_size, gpu_bytes=gpu_bytes, shape=options.plan_shape, known=known)
     if options.plan_json:
         print(json.dumps(as_json(plan, gpu_bytes, advice)))
     else:

@@ -1,7 +1,7 @@
 """The numbers that a memory plan is made of: what each rank keeps of a model, and what a pass of it takes."""
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
@@ -15,8 +15,15 @@ from entrocraft.train.plan_trace import MASKED, VARLEN, Trace, packed_inputs, tr
 from entrocraft.train.sharding import blocks, compute_dtype, is_tied, needs_sharding
 
 Kind = Literal["weights", "gradients", "optimizer"]
-Traces = dict[tuple, Trace]
-"""Passes that were traced already, by all that they depend on."""
+
+
+@dataclass(frozen=True, slots=True)
+class Known:
+    """What plans of similar runs share, by all that it depends on."""
+
+    models: dict[tuple, Any] = field(default_factory=dict)
+    """Meta models in float32."""
+    traces: dict[tuple, Trace] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,11 +57,14 @@ class Sizes:
     Raises ValueError for settings that no run could begin with, and what `model_shape` raises.
     """
 
-    def __init__(self, config: Config, world_size: int, shape: str | None = None, traces: Traces | None = None) -> None:
+    def __init__(self, config: Config, world_size: int, shape: str | None = None, known: Known | None = None) -> None:
         self.config, self.world_size = config, world_size
-        self.traces = {} if traces is None else traces
+        self.known = known or Known()
         self.shape, self.source = model_shape(config.model, shape)
-        self.model = self._build()
+        self._key = (self.shape.to_json_string(), repr(config.lora))
+        if self._key not in self.known.models:
+            self.known.models[self._key] = self._build()
+        self.model = self.known.models[self._key]
         # What is planned for is CUDA, whatever this machine has, unless the configuration says otherwise.
         self.device = torch.device("cpu" if config.device == "cpu" else "cuda")
         pretrained = config.model.path is not None or shape is not None
@@ -101,16 +111,16 @@ class Sizes:
         recompute = self.config.model.gradient_checkpointing if checkpointing is None else checkpointing
         kind = {"sdpa": MASKED, "eager": "eager"}.get(self.attention, VARLEN)
         size = (1, self.tokens) if kind == VARLEN else (self.rows, self.length)
-        key = (self.shape.to_json_string(), repr(self.config.lora), self.dtype, kind, recompute, size)
-        if key not in self.traces:
+        key = (*self._key, self.dtype, kind, recompute, size)
+        if key not in self.known.traces:
             model = self._build()
             for parameter in model.parameters():
                 parameter.data = parameter.data.to(self.dtype)
             model.set_attn_implementation(kind)
             if recompute:
                 model.gradient_checkpointing_enable()
-            self.traces[key] = trace_blocks(model, packed_inputs(*size))
-        return self.traces[key]
+            self.known.traces[key] = trace_blocks(model, packed_inputs(*size))
+        return self.known.traces[key]
 
 
 def _shards(config: Config, world_size: int) -> int:
