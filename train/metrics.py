@@ -166,7 +166,11 @@ def _plain(name: str, value: Any) -> Any:
 def _tag(name: str) -> str:
     """TensorBoard groups tags by what stands before the slash."""
     group, separator, rest = name.partition("_")
-    return f"{group}/{rest}" if separator and group in ("eval", "kept", "reward", "seconds") else name
+    return (
+        f"{group}/{rest}"
+        if separator and group in ("eval", "kept", "memory", "mfu", "reward", "seconds", "tflops")
+        else name
+    )
 
 
 def _read_rows(path: Path) -> list[dict[str, Any]]:

@@ -39,41 +39,45 @@ from entrocraft.train.sharding import compute_dtype, needs_sharding
 from entrocraft.train.spread import SilentLog, SpreadPool
 from entrocraft.train.step import update
 from entrocraft.train.step_metrics import (
-    Clock,
     batch_metrics,
     check_verdicts,
     report_rewards,
     save_samples,
     watch_mismatch,
 )
+from entrocraft.train.throughput import Clock, Work
 
 
 def train_step(run: Run, pool: SpreadPool, log: MetricsLog, say: Callable[[str], None]) -> dict[str, float | str]:
     """One step: sample, reward, score, decide, update, publish. Returns its metrics; `say` tells of trouble."""
-    config, clock = run.config, Clock()
+    config = run.config
+    clock = Clock(run.policy.model, device=run.policy.device, ranks=run.ranks.size)
     drawn, age = run.drawing.take(run.step, last=config.optimizer.steps)
     rollouts = drawn.rollouts
-    clock.lap("sample")
+    everything = Work.of(rollouts, range(rollouts.R))
+    clock.lap("sample", tokens=rollouts.T, forward=None if config.engine.overlap else everything)
     texts, problems = completion_texts(rollouts, run.policy), [run.problems[i] for i in drawn.chosen]
     rewards = grade(rollouts, texts, problems, pool)
     clock.lap("reward")
+    learnt = Work()
     row: dict[str, float | str] = {"lr": run.set_learning_rate(), "staleness": float(age)}
     try:
         check_verdicts(rewards)
         stats = run.policy.score(rollouts, config.batch.tokens_per_microbatch)
         check_finite(stats)
         row |= watch_mismatch(run, rollouts, stats, log, say)
-        clock.lap("score")
+        clock.lap("score", tokens=everything.tokens, forward=everything)
         decision, learning = run.decide(rollouts, stats, rewards.reward_R)
         row |= {**decision.metrics, "reason": decision.reason}
         row |= {f"method_{name}": value for name, value in learning.state.items()}
         row |= update(run.policy, run.optimizer, rollouts, stats, decision, learning)
+        learnt = Work.taken_from(row)
         row["effective_samples"] = (decision.keep_R & (decision.advantage_R != 0)).sum().item()
         run.bad_in_a_row = 0
     except NonFiniteError as error:
         run.skip_step(rollouts, rewards.reward_R, str(error), log)
         say(f"step {run.step} skipped: {error}")
-    clock.lap("update")
+    clock.lap("update", tokens=learnt.tokens, forward=learnt, passes=3)
     run.drawing.settle()
     row |= run.engine.publish(run.step)
     clock.lap("publish")
