@@ -11,6 +11,7 @@ from entrocraft.train.config_check import require as _require
 from entrocraft.train.config_data import DataConfig
 from entrocraft.train.config_engine import EngineConfig, ImportanceConfig, MismatchConfig, SamplingConfig
 from entrocraft.train.config_evaluation import EvaluationConfig
+from entrocraft.train.config_logging import LoggingConfig
 from entrocraft.train.config_lora import LoraConfig
 from entrocraft.train.config_parallel import ParallelConfig
 from entrocraft.train.config_reference import ReferenceConfig
@@ -316,6 +317,7 @@ class Config:
     optimizer: OptimizerConfig = OptimizerConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
+    logging: LoggingConfig = LoggingConfig()
 
     def __post_init__(self) -> None:
         if self.entropy.preset is not None:  # what is saved with the run must be what ran

@@ -41,7 +41,7 @@ SAMPLE, EVALUATE = 1, 2
 
 # Settings that may change when a run goes on: they decide how long, how often and where, not what a step computes.
 _FREE_ON_RESUME = (
-    *("run_dir", "resume", "checkpoint.", "evaluation.", "reward.workers"),
+    *("run_dir", "resume", "checkpoint.", "evaluation.", "reward.workers", "logging."),
     *(f"parallel.{name}" for name in ("shard_ranks", "reshard_after_forward", "cpu_offload", "timeout_s")),
 )
 

@@ -24,7 +24,7 @@ from rich.table import Table
 
 from entrocraft.train import plan_command
 from entrocraft.train.config import Config
-from entrocraft.train.config_reader import load_config
+from entrocraft.train.config_reader import load_config, to_dict
 from entrocraft.train.errors import NonFiniteError, TrainingStopped
 from entrocraft.train.evaluation import completion_texts, evaluate_run, grade
 from entrocraft.train.interrupt import Interrupt
@@ -46,6 +46,7 @@ from entrocraft.train.step_metrics import (
     watch_mismatch,
 )
 from entrocraft.train.throughput import Clock, Work
+from entrocraft.train.wandb_log import WandbLog
 
 
 def train_step(run: Run, pool: SpreadPool, log: MetricsLog, say: Callable[[str], None]) -> dict[str, float | str]:
@@ -108,6 +109,13 @@ def train(run: Run, pool: SpreadPool, log: MetricsLog, progress: Progress, inter
         run.save()
 
 
+def open_log(run: Run, resumed: int | None) -> MetricsLog:
+    """The record of the run, and what it is passed on to."""
+    logging = run.config.logging
+    also = [] if logging.wandb == "off" else [WandbLog(logging, run.dir, to_dict(run.config))]
+    return MetricsLog(run.dir, resume_step=resumed, also=also)
+
+
 def announce(run: Run, resumed: int | None, console: Console) -> None:
     """Prints what is about to happen: the batch table, and where the run begins."""
     table = Table("batch", "", title=f"{run.dir}", title_justify="left")
@@ -139,7 +147,7 @@ def _run_on(config: Config, ranks: Ranks, device: torch.device) -> Run:
         with (
             interrupt.listening(),
             RewardPool.of(config.reward) as pool,
-            MetricsLog(run.dir, resume_step=resumed) if ranks.main else SilentLog() as log,
+            open_log(run, resumed) if ranks.main else SilentLog() as log,
             Progress(config.optimizer.steps, run.step, console) as progress,
         ):
             if resumed is None and ranks.main:
