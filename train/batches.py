@@ -20,7 +20,8 @@ from entrocraft.train.rewards import RewardBatch
 from entrocraft.train.run import Run, check_finite
 from entrocraft.train.spread import join, merged
 from entrocraft.train.step import Learning
-from entrocraft.train.step_metrics import Clock, check_verdicts
+from entrocraft.train.step_metrics import check_verdicts
+from entrocraft.train.throughput import Clock, Work
 from entrocraft.waves import loss_scale, subsample
 
 
@@ -98,7 +99,8 @@ def sample_wave(run: Run, pool: Grader, prompts: int, clock: Clock, *, first_pro
         prompts=min(prompts, len(run.problems)),
         first_prompt=first_prompt,
     )
-    clock.lap("sample")
+    drawn_here = None if run.config.engine.overlap else Work.of(drawn.rollouts, range(drawn.rollouts.R))
+    clock.lap("sample", tokens=drawn.rollouts.T, forward=drawn_here)
     problems = tuple(run.problems[i] for i in drawn.chosen)
     rewards = grade(drawn.rollouts, completion_texts(drawn.rollouts, run.policy), problems, pool)
     clock.lap("reward")
@@ -168,7 +170,8 @@ def _scored(run: Run, graded: Graded, clock: Clock) -> TokenStats:
     check_verdicts(graded.rewards)
     stats = run.policy.score(graded.rollouts, run.config.batch.tokens_per_microbatch)
     check_finite(stats)
-    clock.lap("score")
+    scored = Work.of(graded.rollouts, range(graded.rollouts.R))
+    clock.lap("score", tokens=scored.tokens, forward=scored)
     return stats
 
 

@@ -12,6 +12,7 @@ from entrocraft.train.config_checkpoint import CheckpointConfig, SelfCheckConfig
 from entrocraft.train.config_data import DataConfig
 from entrocraft.train.config_engine import EngineConfig, ImportanceConfig, MismatchConfig, SamplingConfig
 from entrocraft.train.config_evaluation import EvaluationConfig
+from entrocraft.train.config_logging import LoggingConfig
 from entrocraft.train.config_lora import LoraConfig
 from entrocraft.train.config_model import ModelConfig
 from entrocraft.train.config_model import TinyModelConfig as TinyModelConfig  # where it used to be
@@ -255,6 +256,7 @@ class Config:
     evaluation: EvaluationConfig = EvaluationConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     self_check: SelfCheckConfig = SelfCheckConfig()
+    logging: LoggingConfig = LoggingConfig()
 
     def __post_init__(self) -> None:
         refills = self.refill.oversample or self.refill.zero_variance == "refill"

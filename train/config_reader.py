@@ -153,7 +153,7 @@ def build_parser() -> ArgumentParser:
         description="RL of a language model along an entropy curve. Example: "
         "train.py --config train/configs/gsm8k_tiny.yaml --data.train gsm8k_train.jsonl --optimizer.steps 20. "
         "With --verify-resume, or --verify-resume=N, it trains 8 or N steps, again the second half in a fresh process, "
-        "and compares everything instead.",
+        "and compares everything instead. With --plan it predicts memory instead of training: train.py --plan --help.",
         exit_on_error=False,
     )
     parser.add_argument(

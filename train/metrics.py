@@ -12,7 +12,7 @@ import math
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, Protocol, TextIO
 
 from entrocraft.train.durable_files import sync
 from entrocraft.train.progress import Progress
@@ -26,6 +26,18 @@ SAMPLES_FILE = "samples.jsonl"
 TENSORBOARD_FOLDER = "tensorboard"
 
 
+class Sink(Protocol):
+    """Another place that takes metrics."""
+
+    def log(self, step: int, row: Mapping[str, Any], /) -> None:
+        """One step's row, as JSON can hold it."""
+        ...
+
+    def close(self) -> None:
+        """No more will come."""
+        ...
+
+
 class MetricsLog:
     """Appends the metrics of each step, and events as they happen, to the files of one run.
 
@@ -34,13 +46,15 @@ class MetricsLog:
         resume_step: last step that counts. Lines of later steps are cut off, as is a torn last line, and
             TensorBoard hides its later points: those steps are about to be run again. 0 starts over. None is
             a new run.
+        also: where each step's row goes besides; closed with this.
 
     Raises ValueError if `resume_step` is None and the folder already holds metrics, so that no record is
     mixed with another or lost unasked, or if a line other than the last cannot be read.
     """
 
-    def __init__(self, run_dir: str | Path, *, resume_step: int | None) -> None:
+    def __init__(self, run_dir: str | Path, *, resume_step: int | None, also: Sequence[Sink] = ()) -> None:
         self.run_dir = Path(run_dir)
+        self._also = also
         if resume_step is not None and resume_step < 0:
             raise ValueError(f"resume_step={resume_step} must be 0 or more, or None for a new run")
         self.run_dir.mkdir(parents=True, exist_ok=True)
@@ -86,6 +100,8 @@ class MetricsLog:
         for name, value in row.items():
             if name != "step" and isinstance(value, int | float):
                 self._tensorboard.add_scalar(_tag(name), value, global_step=step)
+        for sink in self._also:
+            sink.log(step, row)
 
     def event(self, kind: str, **fields: Any) -> None:
         """Append something worth counting: a skipped step, dropped prompts, time-outs. Pass `step` if it has
@@ -114,6 +130,9 @@ class MetricsLog:
         self._metrics.close()
         self._events.close()
         self._tensorboard.close()
+        also, self._also = self._also, ()
+        for sink in also:
+            sink.close()
 
 
 def read_metrics(run_dir: str | Path) -> list[dict[str, Any]]:
@@ -187,7 +206,11 @@ def _plain(name: str, value: Any) -> Any:
 def _tag(name: str) -> str:
     """TensorBoard groups tags by what stands before the slash."""
     group, separator, rest = name.partition("_")
-    return f"{group}/{rest}" if separator and group in ("eval", "kept", "reward", "seconds") else name
+    return (
+        f"{group}/{rest}"
+        if separator and group in ("eval", "kept", "memory", "mfu", "reward", "seconds", "tflops")
+        else name
+    )
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:

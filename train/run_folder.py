@@ -14,7 +14,7 @@ from entrocraft.train.parallel import Ranks
 
 # Settings that may change when a run goes on: they decide how long, how often and where, not what a step computes.
 _FREE_ON_RESUME = (
-    *("run_dir", "resume", "checkpoint.", "self_check.", "evaluation.", "reward.workers", "mismatch."),
+    *("run_dir", "resume", "checkpoint.", "self_check.", "evaluation.", "reward.workers", "mismatch.", "logging."),
     *("engine.url", "engine.connections", "engine.transfer", "engine.memory"),
     *("engine.start_timeout_s", "engine.publish_timeout_s", "engine.sample_timeout_s"),
     *(f"parallel.{name}" for name in ("shard_ranks", "reshard_after_forward", "cpu_offload", "timeout_s")),

@@ -22,6 +22,7 @@ from entrocraft.train.parallel import balanced
 from entrocraft.train.policy import Policy
 from entrocraft.train.reference import Penalty
 from entrocraft.train.sharding import clip_gradients, last_of_update
+from entrocraft.train.throughput import Work
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -132,8 +133,13 @@ def make_share(
     return Share(rollouts=part, objective=objective)
 
 
+SIGNS = ("positive", "negative")
+"""Of an advantage."""
+
+
 def _zeros() -> dict[str, float]:
-    return dict.fromkeys(("loss", "tokens", "low", "high", "dual", "kl"), 0.0)
+    sides = [f"{side}_{sign}" for side in ("low", "high") for sign in SIGNS]
+    return dict.fromkeys(("loss", "tokens", "low", "high", "dual", "kl", *SIGNS, *sides, *Work.NAMES), 0.0)
 
 
 def accumulate(policy: Policy, share: Share, tokens_per_microbatch: int) -> dict[str, float]:
@@ -147,6 +153,7 @@ def accumulate(policy: Policy, share: Share, tokens_per_microbatch: int) -> dict
     active = share.active
     mine = balanced(sequence_lengths(share.rollouts, active), policy.ranks.size)[policy.ranks.rank]
     batches = pack(share.rollouts, [active[i] for i in mine], tokens_per_microbatch)
+    sums |= Work.of(share.rollouts, [active[i] for i in mine]).as_dict()
     count = policy.ranks.largest(len(batches))
     for number in range(count):
         last_of_update(policy.model, number + 1 == count)
@@ -173,14 +180,19 @@ def _learn(policy: Policy, share: Share, batch: MicroBatch, sums: dict[str, floa
     logprob_N = stats.logprob_T
     total = objective(logprob_N, entropy_N, slice(0, len(logprob_N)))
     total.backward()  # also where it is no number: other ranks wait for it
+    of_sign = dict(zip(SIGNS, (objective.advantage_T > 0, objective.advantage_T < 0), strict=True))
     for name, clipped_N in objective.clipped(logprob_N.detach()).items():
         sums[name] += clipped_N.sum().item()
+        for sign, sign_N in of_sign.items():
+            sums[f"{'low' if name == 'low' else 'high'}_{sign}"] += (clipped_N & sign_N).sum().item()
     # k3 estimator of KL(old || new), Schulman 2020: non-negative for every token.
     counted_N = objective.weight_T != 0
     log_ratio_N = (logprob_N.detach() - objective.old_logprob_T)[counted_N]
     sums["kl"] += (log_ratio_N.exp() - 1 - log_ratio_N).sum().item()
     sums["loss"] += total.item()
     sums["tokens"] += counted_N.sum().item()
+    for sign, sign_N in of_sign.items():
+        sums[sign] += (counted_N & sign_N).sum().item()
     return None if torch.isfinite(total) else f"the loss of {len(logprob_N)} tokens is {total.item()}"
 
 
@@ -197,6 +209,9 @@ def update(
     An update whose share has no rollout with a gradient is skipped and counted in `updates_empty`. Raises
     NonFiniteError when a loss or the gradient norm is not finite: that update is not made, those before it in the step
     stay, and the message says how many.
+
+    clip_fraction_SIDE: of all tokens. clip_fraction_SIDE_SIGN: of the tokens whose advantage has that sign, `dual`
+    being on the high side. `Work.NAMES`: what went through the model.
     """
     config = learning.config
     shares = torch.arange(rollouts.P).tensor_split(config.batch.updates_per_step)
@@ -231,7 +246,13 @@ def update(
         "clip_fraction_low": sums["low"] / tokens,
         "clip_fraction_high": sums["high"] / tokens,
         "clip_fraction_dual": sums["dual"] / tokens,
+        **{
+            f"clip_fraction_{side}_{sign}": sums[f"{side}_{sign}"] / max(sums[sign], 1.0)
+            for side in ("low", "high")
+            for sign in SIGNS
+        },
         "kl": sums["kl"] / tokens,
         "updates": float(len(norms)),
         "updates_empty": float(empty),
+        **{name: sums[name] for name in Work.NAMES},
     }

@@ -2,7 +2,6 @@
 
 import math
 import statistics
-import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
@@ -20,26 +19,6 @@ if TYPE_CHECKING:
     from entrocraft.train.batches import Graded
 
 
-class Clock:
-    """Wall-clock seconds of the phases of a step."""
-
-    def __init__(self) -> None:
-        self.started = self.last = time.perf_counter()
-        self.laps: dict[str, float] = {}
-
-    def lap(self, phase: str) -> None:
-        """Ends a phase, which began where the one before it ended. One that comes again is added up."""
-        now = time.perf_counter()
-        name = f"seconds_{phase}"
-        self.laps[name] = self.laps.get(name, 0.0) + now - self.last
-        self.last = now
-
-    def metrics(self, tokens: int) -> dict[str, float]:
-        """Seconds by phase and in all, and response tokens per second of the whole step."""
-        seconds = self.last - self.started
-        return {**self.laps, "seconds": seconds, "tokens_per_second": tokens / seconds}
-
-
 def batch_metrics(run: Run, rollouts: Rollouts, rewards: RewardBatch) -> dict[str, float]:
     """Rewards, lengths and counts of one batch of rollouts. Reward means are over the rollouts with a verdict; where
     there are several rewards, each has its own mean as well."""
@@ -55,12 +34,22 @@ def batch_metrics(run: Run, rollouts: Rollouts, rewards: RewardBatch) -> dict[st
         **{f"reward_{name}": score_R.nanmean().item() for name, score_R in rewards.score_R.items() if several},
         "zero_variance_groups": float(sum(len(torch.unique(g)) <= 1 for g in groups)),
         "response_length": rollouts.length_R.float().mean().item(),
+        "response_length_max": rollouts.length_R.max().item(),
+        **{f"response_length_{name}": _mean(rollouts.length_R, of_R) for name, of_R in _outcomes(rewards)},
         "truncated_fraction": rollouts.truncated_R.float().mean().item(),
         "reward_timeouts": float(rewards.timeouts),
         "reward_errors": float(rewards.errors),
         "reward_unscorable": float(rewards.unscorable),
         "steps_skipped": float(run.bad_in_a_row > 0),
     }
+
+
+def _outcomes(rewards: RewardBatch) -> list[tuple[str, torch.Tensor]]:
+    return [("right", rewards.right_R), ("wrong", ~rewards.right_R & ~rewards.reward_R.isnan())]
+
+
+def _mean(value_R: torch.Tensor, of_R: torch.Tensor) -> float:
+    return value_R[of_R].float().mean().item() if bool(of_R.any()) else math.nan
 
 
 def check_verdicts(rewards: RewardBatch) -> None:

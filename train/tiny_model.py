@@ -15,7 +15,16 @@ def build_tiny_model(shape: TinyModelConfig, seed: int) -> tuple[Any, Any]:
     The weights are a function of `seed` alone; the global random state is left as it was.
     """
     tokenizer: Any = ByT5Tokenizer(extra_ids=0)
-    config = Qwen3Config(
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = Qwen3ForCausalLM(tiny_model_config(shape))
+    return model, tokenizer
+
+
+def tiny_model_config(shape: TinyModelConfig) -> Qwen3Config:
+    """The architecture of that model."""
+    tokenizer: Any = ByT5Tokenizer(extra_ids=0)
+    return Qwen3Config(
         vocab_size=len(tokenizer),
         hidden_size=shape.hidden_size,
         num_hidden_layers=shape.layers,
@@ -31,7 +40,3 @@ def build_tiny_model(shape: TinyModelConfig, seed: int) -> tuple[Any, Any]:
         eos_token_id=tokenizer.eos_token_id,
         bos_token_id=None,
     )
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        model = Qwen3ForCausalLM(config)
-    return model, tokenizer

@@ -11,7 +11,8 @@ updating, a controller rejects rollouts so that the policy's entropy follows `en
 
 Each step: sample, reward, score, decide, update, publish; now and then evaluate and save. Ctrl-C finishes the step,
 saves and ends; `--resume auto` goes on from there, bit for bit, which `--verify-resume` proves for a configuration by
-training a few steps twice. `--help` lists every setting.
+training a few steps twice. `--help` lists every setting;
+`--plan --world-size 8` predicts what each of 8 processes needs of memory, and trains nothing.
 """
 
 import os
@@ -23,11 +24,11 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from entrocraft.train import verify_resume
+from entrocraft.train import plan_command, verify_resume
 from entrocraft.train.batch_table import batch_table
 from entrocraft.train.batches import collect, judge
 from entrocraft.train.config import Config
-from entrocraft.train.config_reader import load_config
+from entrocraft.train.config_reader import load_config, to_dict
 from entrocraft.train.errors import NonFiniteError, TrainingStopped, reason_to_stop
 from entrocraft.train.evaluation import Grader, evaluate_run
 from entrocraft.train.interrupt import Interrupt
@@ -42,13 +43,15 @@ from entrocraft.train.self_check import self_check
 from entrocraft.train.sharding import compute_dtype, needs_sharding
 from entrocraft.train.spread import SilentLog, SpreadPool
 from entrocraft.train.step import update
-from entrocraft.train.step_metrics import Clock, batch_metrics, report_rewards, save_samples, watch_mismatch
+from entrocraft.train.step_metrics import batch_metrics, report_rewards, save_samples, watch_mismatch
+from entrocraft.train.throughput import Clock, Work
+from entrocraft.train.wandb_log import WandbLog
 
 
 def train_step(run: Run, pool: Grader, log: MetricsLog, say: Callable[[str], None]) -> dict[str, float | str]:
     """One step: sample, reward, score, decide, update, publish. Returns its metrics; `say` tells of trouble."""
-    clock = Clock()
-    sampled = collect(run, pool, clock)
+    clock = Clock(run.policy.model, device=run.policy.device, ranks=run.ranks.size)
+    sampled, learnt = collect(run, pool, clock), Work()
     row: dict[str, float | str] = {"lr": run.set_learning_rate(), "staleness": float(sampled.age)}
     try:
         judged = judge(run, pool, sampled, clock)
@@ -58,12 +61,13 @@ def train_step(run: Run, pool: Grader, log: MetricsLog, say: Callable[[str], Non
         row |= {**decision.metrics, "reason": decision.reason, **judged.metrics}
         row |= {f"method_{name}": value for name, value in learning.state.items()}
         row |= update(run.policy, run.optimizer, judged.rollouts, judged.stats, decision, learning)
+        learnt = Work.taken_from(row)
         row["effective_samples"] = (decision.keep_R & (decision.advantage_R != 0)).sum().item()
         run.bad_in_a_row = 0
     except NonFiniteError as error:
         run.skip_step(sampled.rollouts, sampled.rewards.reward_R, str(error), log)
         say(f"step {run.step} skipped: {error}")
-    clock.lap("update")
+    clock.lap("update", tokens=learnt.tokens, forward=learnt, passes=3)
     run.drawing.settle()
     row |= run.engine.publish(run.step)
     clock.lap("publish")
@@ -95,6 +99,13 @@ def train(run: Run, pool: Grader, log: MetricsLog, progress: Progress, interrupt
         log.sync()
         run.save()
     run.checkpoints.wait()
+
+
+def open_log(run: Run, resumed: int | None) -> MetricsLog:
+    """The record of the run, and what it is passed on to."""
+    logging = run.config.logging
+    also = [] if logging.wandb == "off" else [WandbLog(logging, run.dir, to_dict(run.config))]
+    return MetricsLog(run.dir, resume_step=resumed, also=also)
 
 
 def announce(run: Run, resumed: int | None, console: Console) -> None:
@@ -131,7 +142,7 @@ def _run_on(config: Config, ranks: Ranks, device: torch.device) -> Run:
         with (
             interrupt.listening(),
             RewardPool.of(config.reward) as pool,
-            MetricsLog(run.dir, resume_step=resumed) if ranks.main else SilentLog() as log,
+            open_log(run, resumed) if ranks.main else SilentLog() as log,
             Progress(config.optimizer.steps, run.step, console) as progress,
         ):
             for folder, reason in damaged.items():
@@ -159,6 +170,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Command line entry; returns the exit code: 0 finished, 1 stopped itself, 130 stopped by Ctrl-C with a
     checkpoint."""
     argv = sys.argv[1:] if argv is None else argv
+    if plan_command.wanted(argv):
+        return plan_command.main(argv)
     config = None if verify_resume.asked_for(argv) else load_config(argv)
     try:
         if config is None:
