@@ -22,8 +22,11 @@ help: ## show this list
 demo: install ## train a tiny model three ways on the CPU and draw its entropy curves into runs/demo/
 	$(VENV)/python train/demo.py $(ARGS)
 
+# A test process a core, at most four: each imports torch, and most wait on a process of their own now and then.
+TEST_JOBS := $(shell n=$$(getconf _NPROCESSORS_ONLN 2>/dev/null || echo 1); [ "$$n" -gt 4 ] && n=4; echo "$$n")
+
 test: install ## run every test
-	$(VENV)/python -P -m pytest -q --durations=10 $(ARGS)
+	$(VENV)/python -P -m pytest -q --durations=10 -n $(TEST_JOBS) --dist worksteal $(ARGS)
 
 # verl needs older libraries than the rest: an environment of its own, made again when its list of packages changes.
 test-verl: .venv-verl/whole ## compare losses, advantages and bonuses with verl and TRL, in an environment of its own

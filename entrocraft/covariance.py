@@ -69,8 +69,10 @@ class KLCov(Stateless):
 
         l = -r A  (+ coefficient |logprob - old_logprob| on the max(1, int(fraction * counted tokens)) largest c)
 
-    At the first update after sampling both log-probabilities agree and the penalty's gradient is 0 (that of |.| at 0):
-    it acts where a batch is used again. Entropy: falls more slowly; no set-point.
+    At the first update after sampling both log-probabilities agree, and where they do to the last bit the penalty's
+    gradient is 0 (that of |.| at 0). Where the update scores tokens in other micro-batches or by other kernels than
+    the scoring did, they differ by rounding, and each chosen token gets a full coefficient of random sign: noise, not
+    pressure. It acts where a batch is used again. Entropy: falls more slowly; no set-point.
 
     fraction: in (0, 1]; the authors' 2e-3. coefficient: finite, >= 0; the authors' 1.
     """

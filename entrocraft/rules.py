@@ -6,18 +6,16 @@ predicted entropy change under the configured loss (`prediction.py`). The rules 
 three published forms of one idea and differ on purpose; none of them is a default.
 """
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from entrocraft.batch import per_rollout
+from entrocraft.predictive import LEVELS as LEVELS
+from entrocraft.predictive import budget, first_order
 from entrocraft.registry import build_from, lookup
 from entrocraft.verdict import Rule, RuleInputs, Verdict
-
-LEVELS = ("sequence", "token")
 
 # exp(-50) is 2e-22, less than any uniform of 53 bits but 0: an acceptance probability below it is none.
 _EXPONENT_LIMIT = -50.0
@@ -131,88 +129,6 @@ class switch:
         return Verdict(keep_R=np.ones(len(part_R), dtype=bool), advantage_R=part_R)
 
 
-@dataclass(frozen=True, slots=True)
-class first_order:
-    """Accept when `m D <= 0`: above the band what lowers entropy to first order, below it what raises it.
-
-    level: "sequence" judges a rollout by the sum D over its tokens; "token" judges each token by its own.
-    A = 0 has D = 0 and always passes. D is that of the loss with everything kept (see `budget`). Entropy: moves
-    towards the band by construction, with all there is; far out of band it may keep a few per cent of the rollouts.
-    Source: this project.
-    """
-
-    level: str = "sequence"
-
-    def __post_init__(self) -> None:
-        _check_level(self.level)
-
-    def __call__(self, inputs: RuleInputs) -> Verdict:
-        change_N = _change(inputs, self.level)
-        return _verdict(inputs, self.level, inputs.direction * change_N <= 0)
-
-
-@dataclass(frozen=True, slots=True)
-class budget:
-    """Reject the fewest whose removal makes the predicted change meet the schedule's next value.
-
-        P(K) = sum of D over the kept           want = (target(step + 1) - H) / gain
-
-    P(all) < want: reject the most negative D first until P(K) >= want or no negative D is left. P(all) > want: the
-    most positive first until P(K) <= want. Equal ones go in the order of (group, sample, position). It looks
-    at neither the band nor the sign of an advantage, and A = 0 (D = 0) is never rejected.
-
-    D comes from the loss with everything kept. P(K) is therefore the change of the update only if the denominator of
-    the loss stays when something is rejected, as in `token_mean`; under `losses.KEPT_DENOMINATORS` (`kept_tokens`,
-    `eq5`) what is kept weighs more than P(K) says, and the aim is missed.
-
-    level: "sequence" rejects rollouts, "token" single tokens. Entropy: as near to the schedule as first order and the
-    batch allow, in both directions. Source: this project.
-    """
-
-    level: str = "sequence"
-
-    def __post_init__(self) -> None:
-        _check_level(self.level)
-
-    def __call__(self, inputs: RuleInputs) -> Verdict:
-        change_N = _change(inputs, self.level)
-        total = math.fsum(_change(inputs, "sequence"))
-        rank_R = np.empty(len(inputs.group_R), dtype=np.int64)
-        rank_R[np.lexsort((inputs.sample_R, inputs.group_R))] = np.arange(len(rank_R))
-
-        def in_order(tied: np.ndarray) -> np.ndarray:
-            if self.level == "sequence":
-                return tied[np.argsort(rank_R[tied])]
-            return tied[np.lexsort((tied, rank_R[inputs.rollout_T[tied]]))]
-
-        return _verdict(inputs, self.level, keep_fewest_rejected(change_N, total, inputs.want, in_order))
-
-
-def keep_fewest_rejected(
-    change_N: np.ndarray, total: float, want: float, in_order: Callable[[np.ndarray], np.ndarray]
-) -> np.ndarray:
-    """bool `[N]`: all but the fewest that must go, most adverse first, for the sum of the kept to reach `want`.
-
-    change_N: predicted changes. total: their sum. in_order: puts the indices of equally adverse ones in the order in
-    which they go. Values are sorted, not indices: one sort, one cumulative sum, and sums that do not depend on how
-    the candidates were arranged.
-    """
-    keep_N = np.ones(len(change_N), dtype=bool)
-    if total > want:  # turn both signs, so that the way to go is up
-        change_N, total, want = -change_N, -total, -want
-    adverse = np.sort(-change_N[change_N < 0])[::-1]
-    if total >= want or len(adverse) == 0:
-        return keep_N
-    reached = int(np.searchsorted(np.cumsum(adverse, dtype=np.float64), want - total))
-    count = min(reached + 1, len(adverse))
-    last = -adverse[count - 1]
-    keep_N[change_N < last] = False
-    tied = np.flatnonzero(change_N == last)
-    left = count - (len(keep_N) - int(np.count_nonzero(keep_N)))
-    keep_N[in_order(tied)[:left]] = False
-    return keep_N
-
-
 def uniform(seed: int, step: int, group: int, sample: int) -> float:
     """A number in [0, 1) that belongs to this rollout at this step, whoever asks and in whatever order."""
     word = np.random.SeedSequence([seed, step, group, sample]).generate_state(1, np.uint64)[0]
@@ -270,27 +186,3 @@ def preset(name: str) -> Preset:
 
 def _keep_all(inputs: RuleInputs) -> Verdict:
     return Verdict(keep_R=np.ones(len(inputs.advantage_R), dtype=bool), advantage_R=inputs.advantage_R)
-
-
-def _check_level(level: str) -> None:
-    if level not in LEVELS:
-        raise ValueError(f"level = {level!r}: expected one of {', '.join(map(repr, LEVELS))}")
-
-
-def _change(inputs: RuleInputs, level: str) -> np.ndarray:
-    change_N = inputs.change_R if level == "sequence" else inputs.change_T
-    if change_N is None:
-        raise ValueError(
-            "this rule needs the predicted entropy change: score the tokens with collision=True, so that stats has "
-            "p2_T and p2logp_T"
-        )
-    return change_N
-
-
-def _verdict(inputs: RuleInputs, level: str, keep_N: np.ndarray) -> Verdict:
-    if level == "sequence":
-        return Verdict(keep_R=keep_N, advantage_R=inputs.advantage_R)
-    rollouts = len(inputs.advantage_R)
-    counted_R = per_rollout(inputs.mask_T, inputs.rollout_T, rollouts)
-    kept_R = per_rollout(inputs.mask_T & keep_N, inputs.rollout_T, rollouts)
-    return Verdict(keep_R=(kept_R > 0) | (counted_R == 0), advantage_R=inputs.advantage_R, keep_T=keep_N)

@@ -20,7 +20,8 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # read when transformers is imported, which 
 os.environ["MPLBACKEND"] = "Agg"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"  # its threads and our forks do not mix
 
-torch.set_num_threads(min(2, os.cpu_count() or 1))
+# Beside other test processes one thread each.
+torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else min(2, os.cpu_count() or 1))
 
 # Examples differ from run to run at a desk and are the same in continuous integration; slow machines are no failure.
 hypothesis.settings.register_profile("entrocraft", deadline=None, derandomize="CI" in os.environ)

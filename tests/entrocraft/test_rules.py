@@ -193,6 +193,38 @@ def test_budget_worked_by_hand() -> None:
     assert rules.budget()(_inputs(want=-9.0, change_R=change_R)).keep_R.tolist() == [True, False, True, True, True]
 
 
+@pytest.mark.parametrize("level", rules.LEVELS)
+def test_budget_weighs_what_is_left_where_it_falls_short(level: str) -> None:
+    # Two of four are adverse; the others change entropy by 0.03 together and hold 3 of the batch's |A| of 8.
+    change_N = np.array([-0.05, 0.01, 0.02, -0.01])
+
+    def weights(want: float, sign: float = 1.0, max_weight: float = 4.0) -> list[float] | None:
+        verdict = rules.budget(level=level, max_weight=max_weight)(
+            _inputs(
+                want=sign * want,
+                advantage_R=np.array([-4.0, 2.0, -1.0, 1.0]),
+                change_R=sign * change_N,
+                change_T=sign * change_N,
+            )
+        )
+        assert verdict.keep_R[1:3].tolist() == [True, True]
+        return None if verdict.weight_R is None else verdict.weight_R.tolist()
+
+    for sign in (1.0, -1.0):
+        assert weights(0.045, sign) == pytest.approx([1.5] * 4)  # 0.03 times 1.5 is there
+        assert weights(9.0, sign) == pytest.approx([8 / 3] * 4)  # no more than the whole batch would have done
+        assert weights(9.0, sign, max_weight=2.0) == pytest.approx([2.0] * 4)
+        assert weights(9.0, sign, max_weight=1.0) is None
+        assert weights(0.029, sign) is None  # in reach
+        assert weights(0.0, sign) is None
+        assert weights(-0.02, sign) is None
+    # What is kept points the wrong way, or nowhere: nothing to weigh.
+    for change in (-0.01, 0.0):
+        lone = np.array([change, -0.02])
+        verdict = rules.budget(level=level, max_weight=4.0)(_inputs(want=0.01, change_R=lone, change_T=lone))
+        assert verdict.weight_R is None
+
+
 def test_budget_breaks_ties_by_name_not_by_place() -> None:
     # Four equal rollouts, two must go: (0, 0) and (0, 1), wherever they stand.
     verdict = rules.budget()(
@@ -286,5 +318,8 @@ def test_unknown_names_and_bad_arguments() -> None:
         rules.soft(gamma=-1.0)
     with pytest.raises(ValueError, match="level = 'tokens': expected one of 'sequence', 'token'"):
         rules.budget(level="tokens")
+    for wrong in (0.5, math.inf, math.nan):
+        with pytest.raises(ValueError, match=f"max_weight = {wrong}: expected finite and >= 1"):
+            rules.budget(max_weight=wrong)
     with pytest.raises(ValueError, match="level = 'group'"):
         rules.first_order(level="group")

@@ -17,7 +17,7 @@ EXTRA = {"collision": True, "varentropy": True, "argmax": True}
 # Modes, options, and shards: an uneven last one, an empty one, padding inside the last and over all of it.
 CASES: list[dict] = [
     {"options": EXTRA},
-    {"options": {"softcap": 6.0, "temperature": torch.rand(T) + 0.5, **EXTRA}, "bias": True},
+    {"options": {"softcap": 6.0, "temperature": torch.linspace(0.5, 1.5, T), **EXTRA}, "bias": True},
     {"options": {"mode": "cache", "cache_bytes": 9 * 260}},
     {"options": {"mode": "cache", "cache_bytes": 1 << 20, "softcap": 6.0}, "bias": True},
     {"options": {"mode": "frozen", "buffer_bytes": 9000}, "uneven": True},
