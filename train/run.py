@@ -64,6 +64,7 @@ class Run:
             ranks=self.ranks,
             best=bool(config.checkpoint.best),
             asynchronous=config.checkpoint.asynchronous,
+            patience_s=config.parallel.timeout_s,
         )
         self._refuse_or_compare()
         # Mistakes first, slow things after.
