@@ -217,9 +217,14 @@ class Run:
         if self.ranks.main:
             self._lock.close()
 
-    def save(self, row: Mapping[str, Any] | None = None) -> Path:
-        """Writes a checkpoint of the present state; `row` are the step's metrics, in which `checkpoint.best` is looked
-        up."""
+    def value(self, row: Mapping[str, Any]) -> float | None:
+        """How good the present step is by `checkpoint.best`, from its metrics. ValueError for a name they should have
+        and do not."""
+        best = self.config.checkpoint.best
+        return value_of(best, row, evaluated=self.evaluation_due()) if best else None
+
+    def save(self, value: float | None = None) -> Path:
+        """Writes a checkpoint of the present state."""
         state: dict[str, Any] = {
             "samples": self.samples,
             "bad_in_a_row": self.bad_in_a_row,
@@ -229,9 +234,6 @@ class Run:
             "drawn": self.drawing.state_dict(),
             "mismatch": self.mismatch.state_dict(),
         }
-        best, value = self.config.checkpoint.best, None
-        if best and row is not None:
-            value = value_of(best, row, evaluated=self.evaluation_due())
         return self.checkpoints.save(self.step, self.policy.model, self.optimizer, state, value)
 
     def set_learning_rate(self) -> float:
