@@ -100,6 +100,7 @@ def train(run: Run, pool: SpreadPool, log: MetricsLog, progress: Progress, inter
         log.log(run.step, row)
         progress.update(run.step, row)
         if run.bad_in_a_row >= config.optimizer.max_bad_steps:
+            log.sync()
             run.stop_for_bad_steps()
         if run.step % config.checkpoint.every == 0 or run.step == config.optimizer.steps:
             log.sync()
