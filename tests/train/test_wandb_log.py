@@ -3,6 +3,7 @@
 import json
 import struct
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -44,13 +45,22 @@ def scanned(file: Path) -> Iterator[bytes]:
             held = b""
 
 
+def whole(file: Path) -> list[wandb_internal_pb2.Record]:
+    """All records, once the last is there: W&B's own process writes a moment longer than `finish` waits."""
+    begun = time.monotonic()
+    while True:
+        found = [wandb_internal_pb2.Record.FromString(data) for data in scanned(file)]
+        if found and found[-1].WhichOneof("record_type") == "exit":
+            return found
+        assert time.monotonic() - begun < 60, "the run's last record is not there"
+        time.sleep(0.1)
+
+
 def records(folder: Path):
     """(rows by step, settings, ids) of all runs that the folder holds."""
     rows, settings, ids = {}, {}, set()
     for file in sorted(folder.glob("wandb/offline-run-*/*.wandb")):
-        for data in scanned(file):
-            record = wandb_internal_pb2.Record()
-            record.ParseFromString(data)
+        for record in whole(file):
             if record.WhichOneof("record_type") == "history":
                 row = {(item.key or item.nested_key[0]): json.loads(item.value_json) for item in record.history.item}
                 rows[row["_step"]] = row
