@@ -86,7 +86,7 @@ def keep_metrics(batch: Batch, verdict: Verdict) -> dict[str, float]:
     return {
         "kept_fraction": float(keep_R.mean()),
         "acceptance_mean": math.fsum(chance_R) / len(chance_R),
-        "weight_mean": float(weight_N.mean()) if len(weight_N) else math.nan,
+        "weight_mean": math.fsum(weight_N) / len(weight_N) if len(weight_N) else math.nan,
         "weight_max": float(weight_N.max()) if len(weight_N) else math.nan,
         "kept_token_fraction": tokens / len(batch.entropy_N),
         "kept_fraction_positive": _share(keep_R, batch.advantage_R > 0),

@@ -22,8 +22,16 @@ class TinyModelConfig:
     """Most tokens a sequence may have, prompt and response together."""
     tied: bool = True
     """Whether the LM head shares the embedding's weight."""
+    vocabulary: int | None = None
+    """Rows of the LM head: printable characters, and words that no text holds. Empty: 259, the bytes."""
 
     def __post_init__(self) -> None:
+        require(
+            self.vocabulary is None or self.vocabulary >= 200,
+            "model.tiny.vocabulary",
+            self.vocabulary,
+            "at least 200, to hold all printable characters, or nothing",
+        )
         for name in ("hidden_size", "layers", "heads", "mlp_size", "context"):
             require(getattr(self, name) > 0, f"model.tiny.{name}", getattr(self, name), "a positive number")
         require(

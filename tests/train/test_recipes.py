@@ -62,7 +62,7 @@ def recipe(*names: str) -> Config:
 def test_no_recipe_is_forgotten():
     assert {path.stem for path in PAPER.glob("*.yaml")} == {*BANDS, *BASELINES, *PARTS}
     assert {path.stem for path in CONFIGS.glob("*.yaml")} == {
-        *("demo", "gsm8k_tiny", "numina", "evaluation", "qwen3_4b")
+        *("demo", "demo_gpu", "gsm8k_tiny", "numina", "evaluation", "qwen3_4b")
     }
 
 

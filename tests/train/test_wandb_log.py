@@ -1,12 +1,14 @@
 """Weights & Biases, the real package, offline: what was logged is read back from the file that it writes."""
 
 import json
+import struct
 import sys
+import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from wandb.proto import wandb_internal_pb2
-from wandb.sdk.internal.datastore import DataStore
 
 from entrocraft.train.config_logging import LoggingConfig
 from entrocraft.train.config_reader import load_config
@@ -26,15 +28,39 @@ def _quiet(monkeypatch, tmp_path):
         monkeypatch.delenv(name, raising=False)
 
 
+def scanned(file: Path) -> Iterator[bytes]:
+    """Records of W&B's own file, LevelDB's log after a header of seven bytes: blocks of 32 KiB, in which stand parts of
+    checksum (4), length (2) and kind (1: whole, 2: first, 3: middle, 4: last)."""
+    data, place, held = file.read_bytes(), 7, b""
+    while place + 7 <= len(data):
+        left = 32_768 - place % 32_768
+        length, kind = struct.unpack("<HB", data[place + 4 : place + 7])
+        if left < 7 or kind == 0:
+            place += left
+            continue
+        held += data[place + 7 : place + 7 + length]
+        place += 7 + length
+        if kind in (1, 4):
+            yield held
+            held = b""
+
+
+def whole(file: Path) -> list[wandb_internal_pb2.Record]:
+    """All records, once the last is there: W&B's own process writes a moment longer than `finish` waits."""
+    begun = time.monotonic()
+    while True:
+        found = [wandb_internal_pb2.Record.FromString(data) for data in scanned(file)]
+        if found and found[-1].WhichOneof("record_type") == "exit":
+            return found
+        assert time.monotonic() - begun < 60, "the run's last record is not there"
+        time.sleep(0.1)
+
+
 def records(folder: Path):
     """(rows by step, settings, ids) of all runs that the folder holds."""
     rows, settings, ids = {}, {}, set()
     for file in sorted(folder.glob("wandb/offline-run-*/*.wandb")):
-        store = DataStore()
-        store.open_for_scan(str(file))
-        while (data := store.scan_data()) is not None:
-            record = wandb_internal_pb2.Record()
-            record.ParseFromString(data)
+        for record in whole(file):
             if record.WhichOneof("record_type") == "history":
                 row = {(item.key or item.nested_key[0]): json.loads(item.value_json) for item in record.history.item}
                 rows[row["_step"]] = row
