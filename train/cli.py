@@ -99,7 +99,8 @@ def report_errors(run: Callable[[], int | None], *, show_traceback: bool = False
     def complain(error: Exception, message: str) -> None:
         if show_traceback:
             traceback.print_exception(error)
-        print(f"error: {message}", file=sys.stderr)
+        rank = os.environ.get("RANK", "0")  # torchrun's
+        print(f"error{'' if rank == '0' else f' on rank {rank}'}: {message}", file=sys.stderr)
 
     try:
         return run() or 0

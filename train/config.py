@@ -8,74 +8,17 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from entrocraft.train.config_check import require as _require
+from entrocraft.train.config_checkpoint import CheckpointConfig, SelfCheckConfig
 from entrocraft.train.config_data import DataConfig
 from entrocraft.train.config_engine import EngineConfig, ImportanceConfig, MismatchConfig, SamplingConfig
 from entrocraft.train.config_evaluation import EvaluationConfig
 from entrocraft.train.config_logging import LoggingConfig
 from entrocraft.train.config_lora import LoraConfig
+from entrocraft.train.config_model import ModelConfig
+from entrocraft.train.config_model import TinyModelConfig as TinyModelConfig  # where it used to be
 from entrocraft.train.config_parallel import ParallelConfig
 from entrocraft.train.config_reference import ReferenceConfig
-
-
-@dataclass(frozen=True, kw_only=True)
-class TinyModelConfig:
-    """A byte-level Qwen3 built on the spot with random weights, for trying things without a download."""
-
-    hidden_size: int = 96
-    """Width of the residual stream."""
-    layers: int = 3
-    """Transformer blocks."""
-    heads: int = 4
-    """Query heads; the number of key-value heads is half of it."""
-    mlp_size: int = 256
-    """Width of the feed-forward layer."""
-    context: int = 2048
-    """Most tokens a sequence may have, prompt and response together."""
-    tied: bool = True
-    """Whether the LM head shares the embedding's weight."""
-    vocabulary: int | None = None
-    """Rows of the LM head: printable characters, and words that no text holds. Empty: 259, the bytes."""
-
-    def __post_init__(self) -> None:
-        _require(
-            self.vocabulary is None or self.vocabulary >= 200,
-            "model.tiny.vocabulary",
-            self.vocabulary,
-            "at least 200, to hold all printable characters, or nothing",
-        )
-        for name in ("hidden_size", "layers", "heads", "mlp_size", "context"):
-            _require(getattr(self, name) > 0, f"model.tiny.{name}", getattr(self, name), "a positive number")
-        _require(
-            self.heads % 2 == 0,
-            "model.tiny.heads",
-            self.heads,
-            "an even number (two query heads share one key)",
-        )
-        _require(
-            self.hidden_size % (2 * self.heads) == 0,
-            "model.tiny.hidden_size",
-            self.hidden_size,
-            f"a multiple of 2 x model.tiny.heads = {2 * self.heads}",
-        )
-
-
-@dataclass(frozen=True, kw_only=True)
-class ModelConfig:
-    """The policy that is trained."""
-
-    path: str | None = None
-    """Folder or hub id of a Hugging Face causal LM (safetensors). Leave empty to build `model.tiny`."""
-    tiny: TinyModelConfig = TinyModelConfig()
-    """Shape of the model that is built when `model.path` is empty."""
-    trust_remote_code: bool = False
-    """Whether code shipped with the model may run. Off: a downloaded model cannot execute anything here."""
-    attention: Literal["auto", "sdpa", "eager", "flash_attention_2", "flash_attention_3"] = "auto"
-    """Attention layers. `auto`: flash-attention where it is installed and the model computes in bfloat16 on CUDA, else
-    torch's own (SDPA). Which one is in use is printed when a run starts."""
-    liger: Literal["auto", "on", "off"] = "auto"
-    """Liger's fused layers inside the model. `auto`: where liger-kernel is installed, on CUDA, for models it knows."""
-    gradient_checkpointing: bool = False
-    """Recompute activations in the backward pass: less memory, about a third more time."""
+from entrocraft.train.config_refill import RefillConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -283,20 +226,6 @@ class OptimizerConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class CheckpointConfig:
-    """Saving and resuming."""
-
-    every: int = 50
-    """Steps between checkpoints; one is always written at the end and on Ctrl-C."""
-    keep: int = 2
-    """Newest checkpoints kept."""
-
-    def __post_init__(self) -> None:
-        _require(self.every > 0, "checkpoint.every", self.every, "a positive number")
-        _require(self.keep > 0, "checkpoint.keep", self.keep, "a positive number")
-
-
-@dataclass(frozen=True, kw_only=True)
 class Config:
     """A whole run."""
 
@@ -310,6 +239,7 @@ class Config:
     device: str = "auto"
     """`cpu`, `cuda`, or `auto`: CUDA where there is one."""
     model: ModelConfig = ModelConfig()
+    refill: RefillConfig = RefillConfig()
     lora: LoraConfig = LoraConfig()
     reference: ReferenceConfig = ReferenceConfig()
     parallel: ParallelConfig = ParallelConfig()
@@ -325,9 +255,18 @@ class Config:
     optimizer: OptimizerConfig = OptimizerConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
+    self_check: SelfCheckConfig = SelfCheckConfig()
     logging: LoggingConfig = LoggingConfig()
 
     def __post_init__(self) -> None:
+        refills = self.refill.oversample or self.refill.zero_variance == "refill"
+        _require(
+            not (self.engine.overlap and refills),
+            "engine.overlap",
+            self.engine.overlap,
+            "false beside refill.oversample and refill.zero_variance = 'refill': how many prompts a step draws is not "
+            "known a step ahead",
+        )
         if self.entropy.preset is not None:  # what is saved with the run must be what ran
             for name, value in (("loss.aggregation", self.loss.aggregation), ("entropy.gamma", self.entropy.gamma)):
                 _require(

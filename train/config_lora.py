@@ -2,10 +2,7 @@
 
 from dataclasses import dataclass, field
 
-
-def _require(condition: bool, name: str, value: object, expected: str) -> None:
-    if not condition:
-        raise ValueError(f"{name} = {value!r}: expected {expected}")
+from entrocraft.train.config_check import require
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -14,7 +11,7 @@ class LoraConfig:
 
     rank: int | None = None
     """Rank of the adapters; empty: all weights are trained."""
-    alpha: float = 32.0
+    alpha: int = 32
     """Scale of the adapters, divided by the rank."""
     dropout: float = 0.0
     """Dropout in front of an adapter; above 0 the policy that is trained is not the one that was sampled."""
@@ -22,6 +19,6 @@ class LoraConfig:
     """Ends of names of the layers that get one, such as [q_proj, v_proj]; empty: every linear layer but the head."""
 
     def __post_init__(self) -> None:
-        _require(self.rank is None or self.rank > 0, "lora.rank", self.rank, "a positive number, or nothing")
-        _require(self.alpha > 0, "lora.alpha", self.alpha, "a number above 0")
-        _require(0 <= self.dropout < 1, "lora.dropout", self.dropout, "a number in [0, 1)")
+        require(self.rank is None or self.rank > 0, "lora.rank", self.rank, "a positive number, or nothing")
+        require(self.alpha > 0, "lora.alpha", self.alpha, "a number above 0")
+        require(0 <= self.dropout < 1, "lora.dropout", self.dropout, "a number in [0, 1)")

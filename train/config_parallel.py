@@ -3,10 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
-
-def _require(condition: bool, name: str, value: object, expected: str) -> None:
-    if not condition:
-        raise ValueError(f"{name} = {value!r}: expected {expected}")
+from entrocraft.train.config_check import require
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,10 +30,10 @@ class ParallelConfig:
     """Seconds a process waits for the others before it ends with an error."""
 
     def __post_init__(self) -> None:
-        _require(
+        require(
             self.shard_ranks is None or self.shard_ranks > 0,
             "parallel.shard_ranks",
             self.shard_ranks,
             "a positive number that divides the number of processes, or nothing",
         )
-        _require(self.timeout_s > 0, "parallel.timeout_s", self.timeout_s, "a number of seconds above 0")
+        require(self.timeout_s > 0, "parallel.timeout_s", self.timeout_s, "a number of seconds above 0")

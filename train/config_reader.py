@@ -32,9 +32,9 @@ def field_names(cls: type, prefix: str = "") -> list[str]:
 
 def _nearest(name: str) -> str:
     known = field_names(Config)
-    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-    if not close:  # right leaf, wrong group: `lr` for `optimizer.lr`
-        leaves = {full.rsplit(".", 1)[-1]: full for full in known}
+    leaves = {full.rsplit(".", 1)[-1]: full for full in known}
+    close = [leaves[name]] if name in leaves else difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    if not close:  # right leaf, wrong group: `train.lr` for `optimizer.lr`
         close = [leaves[leaf] for leaf in difflib.get_close_matches(name.rsplit(".", 1)[-1], leaves, n=1, cutoff=0.5)]
     return f"did you mean `{close[0]}`? " if close else ""
 
@@ -152,7 +152,8 @@ def build_parser() -> ArgumentParser:
         prog="train.py",
         description="RL of a language model along an entropy curve. Example: "
         "train.py --config train/configs/gsm8k_tiny.yaml --data.train gsm8k_train.jsonl --optimizer.steps 20. "
-        "With --plan it predicts memory instead of training: train.py --plan --help.",
+        "With --verify-resume, or --verify-resume=N, it trains 8 or N steps, again the second half in a fresh process, "
+        "and compares everything instead. With --plan it predicts memory instead of training: train.py --plan --help.",
         exit_on_error=False,
     )
     parser.add_argument(

@@ -4,10 +4,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-
-def _require(condition: bool, name: str, value: object, expected: str) -> None:
-    if not condition:
-        raise ValueError(f"{name} = {value!r}: expected {expected}")
+from entrocraft.train.config_check import require
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,13 +26,13 @@ class ReferenceConfig:
     """Keep the reference in host memory while it is not scoring."""
 
     def __post_init__(self) -> None:
-        _require(
+        require(
             0 <= self.kl_coefficient < math.inf,
             "reference.kl_coefficient",
             self.kl_coefficient,
             "a finite number, 0 or more",
         )
-        _require(
+        require(
             self.path is None or self.kl_coefficient > 0,
             "reference.path",
             self.path,

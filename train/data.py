@@ -105,9 +105,11 @@ def encode_prompts(
         )
     if system and not chat_template:
         raise ValueError(f"system={system!r} needs chat_template=True: a raw prompt has no turns")
+    texts = [problem.prompt for problem in problems]
     encoded: list[tuple[int, ...]] = []
-    for problem in problems:
-        ids = _prompt_ids(problem.prompt, tokenizer, chat_template=chat_template, system=system)
+    for problem, ids in zip(
+        problems, _all_ids(texts, tokenizer, chat_template=chat_template, system=system), strict=True
+    ):
         if not ids:
             raise ValueError(f"problem {problem.index} ({problem.prompt[:60]!r}) encodes to no tokens")
         if len(ids) <= max_prompt_tokens:
@@ -125,18 +127,23 @@ def encode_prompts(
     return encoded
 
 
-def _prompt_ids(prompt: str, tokenizer: Any, *, chat_template: bool, system: str) -> list[int]:
+def _all_ids(prompts: list[str], tokenizer: Any, *, chat_template: bool, system: str) -> list[list[int]]:
+    """Token ids of every prompt, in one call: half a million one by one take minutes."""
     if chat_template:
-        turns = [{"role": "system", "content": system}] if system else []
-        turns.append({"role": "user", "content": prompt})
-        text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+        before = [{"role": "system", "content": system}] if system else []
+        turns = [[*before, {"role": "user", "content": prompt}] for prompt in prompts]
+        texts = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
         # The template has already written the special tokens into the text.
-        return list(tokenizer.encode(text, add_special_tokens=False))
-    ids = list(tokenizer.encode(prompt))
+        return tokenizer(texts, add_special_tokens=False)["input_ids"]
+    encoded: list[list[int]] = tokenizer(prompts)["input_ids"]
     eos = getattr(tokenizer, "eos_token_id", None)
-    if ids and ids[-1] == eos and list(tokenizer.encode(prompt, add_special_tokens=False))[-1:] != [eos]:
-        ids.pop()
-    return ids
+    closed = [at for at, ids in enumerate(encoded) if ids and ids[-1] == eos]
+    if closed:
+        bare = tokenizer([prompts[at] for at in closed], add_special_tokens=False)["input_ids"]
+        for at, ids in zip(closed, bare, strict=True):
+            if ids[-1:] != [eos]:
+                encoded[at].pop()
+    return encoded
 
 
 def drop_long(

@@ -8,7 +8,7 @@ from typing import Any
 
 from entrocraft.train.errors import TrainingStopped
 
-_PATIENCE_S = 10.0  # for a last call, when everything else has ended
+_PATIENCE_S = 60.0  # for a last call, when everything else has ended
 
 
 class WaitedTooLong(TrainingStopped):
@@ -70,4 +70,4 @@ class Caller:
         """Ends the thread after its last call, which is waited for: a thread that is in a library's code when the
         interpreter ends takes the process down with it."""
         self._calls.put(None)
-        self._thread.join(_PATIENCE_S)
+        self._thread.join(1.0 if self.stuck else _PATIENCE_S)

@@ -41,45 +41,50 @@ class Drawing:
         order: PromptOrder,
         prompts: Sequence[tuple[int, ...]],
         *,
-        prompts_per_step: int,
         samples_per_prompt: int,
         stream: tuple[int, ...],
         ahead: bool,
     ) -> None:
         self.engine, self.order, self.prompts = engine, order, prompts
-        self.sizes = prompts_per_step, samples_per_prompt
+        self.samples = samples_per_prompt
         self.stream = stream
         self.ahead = ahead
         self._next: Future[Drawn] | None = None
         self._caller: Caller | None = None
 
-    def _draw(self, step: int, chosen: list[int]) -> Drawn:
-        rollouts = self.engine.sample([self.prompts[i] for i in chosen], self.sizes[1], stream=(*self.stream, step))
+    def _draw(self, step: int, chosen: list[int], first_prompt: int = 0) -> Drawn:
+        rollouts = self.engine.sample(
+            [self.prompts[i] for i in chosen], self.samples, stream=(*self.stream, step), first_prompt=first_prompt
+        )
         return Drawn(step, chosen, rollouts)
 
-    def take(self, step: int, *, last: int) -> tuple[Drawn, int]:
-        """The batch of this step, and how many versions older than the policy its weights are.
+    def take(self, step: int, *, last: int, prompts: int, first_prompt: int = 0) -> tuple[Drawn, int]:
+        """Rollouts to the next `prompts` prompts for this step, and how many versions older than the policy their
+        weights are. first_prompt: those that this step has drawn already.
 
-        Begins to draw the next one, up to step `last`, if it draws ahead; else the engine may rest. Raises
-        PublicationError for a version that is too old.
+        Begins to draw as many for the next step, up to step `last`, if it draws ahead. Raises PublicationError for a
+        version that is too old.
         """
         if self._next is not None:
             drawn = self._next.result()
             assert drawn.step == step, f"drawn for step {drawn.step}, wanted for {step}"
             self._next = None
         else:
-            drawn = self._draw(step, self.order.next(self.sizes[0]))
+            drawn = self._draw(step, self.order.next(prompts), first_prompt)
         age = check_version(drawn.rollouts, step - 1, allowed=int(self.ahead))
         if self.ahead and step < last:
-            self._begin(step + 1)
-        else:
-            self.engine.rest()
+            self._begin(step + 1, prompts)
         return drawn, age
 
-    def _begin(self, step: int) -> None:
+    def rest(self) -> None:
+        """Says that this step draws no more: an engine that does not draw ahead may rest."""
+        if self._next is None:
+            self.engine.rest()
+
+    def _begin(self, step: int, prompts: int) -> None:
         if self._caller is None:
             self._caller = Caller("the trainer", "the drawing of rollouts")
-        chosen = self.order.next(self.sizes[0])
+        chosen = self.order.next(prompts)
         self._next = self._caller.start(lambda: self._draw(step, chosen))
 
     def settle(self) -> None:
@@ -113,7 +118,7 @@ class Drawing:
         self._next = None
         if state is None:
             return
-        chosen, samples = state["chosen"], self.sizes[1]
+        chosen, samples = state["chosen"], self.samples
         length_R, token_T = torch.tensor(state["length_R"]), torch.tensor(state["token_T"])
         rollouts = Rollouts(
             token_T=token_T,

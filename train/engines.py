@@ -4,7 +4,6 @@ import importlib.util
 
 from entrocraft.train.config import Config
 from entrocraft.train.policy import Policy
-from entrocraft.train.publication import NamedWeights, named_weights
 from entrocraft.train.sampling import HuggingFaceEngine, RolloutEngine
 
 
@@ -21,7 +20,7 @@ def build_engine(config: Config, policy: Policy) -> RolloutEngine:
     model = SampledModel(
         config=policy.model.config,
         architecture=_architecture(policy),
-        weights=lambda: policy_weights(policy),
+        weights=policy.weights,
         eos_ids=policy.eos_ids,
         device=policy.device,
         context=min(policy.context, config.data.max_prompt_tokens + config.sampling.max_response_tokens),
@@ -36,11 +35,6 @@ def build_engine(config: Config, policy: Policy) -> RolloutEngine:
             "engine.name = 'vllm': vLLM is not installed; pip install 'entrocraft[vllm]', or use --engine.name hf"
         )
     return VLLMEngine(model, engine, config.sampling)
-
-
-def policy_weights(policy: Policy) -> NamedWeights:
-    """The policy's weights under the names of a Hugging Face checkpoint; all ranks iterate together."""
-    return named_weights(policy.model)
 
 
 def _architecture(policy: Policy) -> str:

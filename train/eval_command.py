@@ -93,20 +93,22 @@ def _identity(config: Config, seed: int, name: str) -> dict[str, Any]:
 
 
 def _show(summaries: dict[str, dict[str, Any]], console: Console) -> None:
-    """Prints the table: a row a set, mean@n and each pass@k with its interval."""
-    columns = list(dict.fromkeys(key for s in summaries.values() for key in s if key.startswith("pass_at_")))
+    """Prints the table, in percent: a column a set; mean@n and each pass@k, its interval below."""
+    keys = list(dict.fromkeys(key for s in summaries.values() for key in s if key == "accuracy" or "pass_at_" in key))
     others = list(dict.fromkeys(key for s in summaries.values() for key in s if key.endswith("_accuracy")))
-    table = Table("set", "problems", "n", "mean@n", *others, *(key.replace("_at_", "@") for key in columns))
+    table = Table("percent", *summaries)
 
     def cell(summary: dict[str, Any], key: str) -> str:
         if key not in summary:
             return ""
         low, high = summary["intervals"].get(key, (None, None))
-        return f"{summary[key]:.3f}" + (f" [{low:.3f}, {high:.3f}]" if low is not None else "")
+        interval = "" if low is None else f"\n{100 * low:.1f}-{100 * high:.1f}"
+        return f"{100 * summary[key]:.1f}{interval}"
 
-    for name, summary in summaries.items():
-        values = [cell(summary, key) for key in ("accuracy", *others, *columns)]
-        table.add_row(name, str(summary["problems"]), str(summary["samples"]), *values)
+    table.add_row("problems x n", *(f"{s['problems']} x {s['samples']}" for s in summaries.values()), end_section=True)
+    for key in ("accuracy", *others, *(key for key in keys if key != "accuracy")):
+        name = {"accuracy": "mean@n"}.get(key, key.replace("_at_", "@").replace("_accuracy", ", mean@n"))
+        table.add_row(name, *(cell(summary, key) for summary in summaries.values()))
     console.print(table)
 
 

@@ -6,7 +6,7 @@ that are its own, tensor by tensor: host memory peaks at a rank's share of the f
 
 import json
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from transformers.utils.hub import cached_file
 from transformers.utils.logging import disable_progress_bar
 
@@ -24,7 +24,7 @@ from entrocraft.train.config import ModelConfig
 from entrocraft.train.config_lora import LoraConfig
 from entrocraft.train.config_parallel import ParallelConfig
 from entrocraft.train.lora import add_adapters, first_values, is_adapter, plain_name
-from entrocraft.train.sharding import blocks, build_mesh, compute_dtype, needs_sharding, shard_model
+from entrocraft.train.sharding import blocks, build_mesh, check_shard_ranks, compute_dtype, needs_sharding, shard_model
 from entrocraft.train.tiny_model import build_tiny_model
 
 _INDEX, _SINGLE = "model.safetensors.index.json", "model.safetensors"
@@ -81,8 +81,9 @@ def load(
 
     lora: adapters to put in, whose first values come from `seed`.
 
-    Raises ValueError for a setting of `parallel` that a whole model cannot have.
+    Raises ValueError for attention or `shard_ranks` that cannot be here, and for files that do not fit the model.
     """
+    check_shard_ranks(parallel.shard_ranks, size)
     dtype = compute_dtype(parallel, device=device, pretrained=config.path is not None)
     attention = attention_kind(config, device=device, dtype=dtype)
     if not needs_sharding(parallel, size, dtype):
@@ -130,6 +131,8 @@ def load_sharded(
         files = _weight_files(path)
     with _parameters_on_meta():
         model = AutoModelForCausalLM.from_config(settings, dtype=torch.float32, trust_remote_code=remote)
+    with suppress(OSError):  # there need not be one; if there is, it may name further end marks
+        model.generation_config = GenerationConfig.from_pretrained(path)
     _prepare(model, config, attention)
     if lora.rank is not None:
         add_adapters(model, lora)

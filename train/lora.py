@@ -28,6 +28,7 @@ def add_adapters(model: Any, config: LoraConfig) -> None:
         raise ValueError(
             f"lora.rank = {config.rank}: adapters need peft ({error}); pip install 'entrocraft[lora]'"
         ) from None
+    assert config.rank is not None, "no adapters were asked for"
     head = model.get_output_embeddings()
     targets = config.targets or sorted(
         {

@@ -1,7 +1,8 @@
 """The record of a run: `metrics.jsonl`, `events.jsonl`, TensorBoard scalars, evaluations and samples of text.
 
 One JSON object a line, written and flushed at once, so that a killed run loses at most the line it was
-writing. JSON has no NaN; what is not finite is written as null and read back as None.
+writing, and synced to the disk before each checkpoint. JSON has no NaN; what is not finite is written as null
+and read back as None.
 """
 
 from __future__ import annotations
@@ -13,9 +14,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, TextIO
 
+from entrocraft.train.durable_files import sync
 from entrocraft.train.progress import Progress
 
-__all__ = ["MetricsLog", "Progress", "read_events", "read_metrics", "read_samples"]
+__all__ = ["MetricsLog", "Progress", "read_evaluations", "read_events", "read_metrics", "read_samples"]
 
 METRICS_FILE = "metrics.jsonl"
 EVENTS_FILE = "events.jsonl"
@@ -115,6 +117,14 @@ class MetricsLog:
             with (self.run_dir / file).open("a", encoding="utf-8") as opened:
                 opened.writelines(json.dumps(finite(row), ensure_ascii=False) + "\n" for row in rows)
 
+    def sync(self) -> None:
+        """Returns when everything that was recorded is on the disk: before a checkpoint says that its steps are done,
+        so that not even a power cut leaves a checkpoint without the lines before it."""
+        for name in (METRICS_FILE, EVENTS_FILE, EVALUATIONS_FILE, SAMPLES_FILE):
+            if (self.run_dir / name).exists():
+                sync(self.run_dir / name)
+        sync(self.run_dir)
+
     def close(self) -> None:
         """Flush and close all files. May be called twice."""
         self._metrics.close()
@@ -133,19 +143,30 @@ def read_metrics(run_dir: str | Path) -> list[dict[str, Any]]:
     path = Path(run_dir) / METRICS_FILE
     if not path.is_file():
         raise FileNotFoundError(f"no {METRICS_FILE} in {Path(run_dir)}: not the folder of a run, or none has begun")
-    return _read_rows(path)
+    return read_rows(path)
 
 
 def read_events(run_dir: str | Path) -> list[dict[str, Any]]:
     """The rows of `events.jsonl`; none if the run had no events."""
     path = Path(run_dir) / EVENTS_FILE
-    return _read_rows(path) if path.is_file() else []
+    return read_rows(path) if path.is_file() else []
 
 
 def read_samples(run_dir: str | Path) -> list[dict[str, Any]]:
     """The rows of `samples.jsonl`; none if the run saved none."""
     path = Path(run_dir) / SAMPLES_FILE
-    return _read_rows(path) if path.is_file() else []
+    return read_rows(path) if path.is_file() else []
+
+
+def depends_on_the_clock(name: str) -> bool:
+    """Whether a metric tells of the machine (wall-clock time, speed, memory) and so differs between equal runs."""
+    return not {"seconds", "second", "mfu", "flops", "memory", "rss"}.isdisjoint(name.split("_"))
+
+
+def read_evaluations(run_dir: str | Path) -> list[dict[str, Any]]:
+    """The rows of `evaluations.jsonl`, one for each set at each evaluation; none if the run was never evaluated."""
+    path = Path(run_dir) / EVALUATIONS_FILE
+    return read_rows(path) if path.is_file() else []
 
 
 def finite(value: Any) -> Any:
@@ -192,7 +213,8 @@ def _tag(name: str) -> str:
     )
 
 
-def _read_rows(path: Path) -> list[dict[str, Any]]:
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """The rows of one file, without a torn last line. ValueError (`file:line`) if another line is broken."""
     lines = path.read_bytes().splitlines(keepends=True)
     rows: list[dict[str, Any]] = []
     for number, line in enumerate(lines, start=1):
@@ -216,7 +238,7 @@ def _cut(path: Path, last_step: int) -> None:
     """Drop the lines of steps after `last_step` and a torn last line, in one atomic replacement."""
     if not path.is_file():
         return
-    kept = [row for row in _read_rows(path) if row.get("step") is None or row["step"] <= last_step]
+    kept = [row for row in read_rows(path) if row.get("step") is None or row["step"] <= last_step]
     aside = path.with_name(path.name + ".partial")
     with aside.open("w", encoding="utf-8") as file:
         file.writelines(json.dumps(row) + "\n" for row in kept)

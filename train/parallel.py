@@ -18,6 +18,8 @@ import torch.distributed as dist
 
 Value = TypeVar("Value")
 
+_LONGEST_WRITE = timedelta(hours=2)  # ranks may wait so long for the slowest to write its part of a checkpoint
+
 
 @dataclass(frozen=True, slots=True)
 class Ranks:
@@ -70,6 +72,13 @@ class Ranks:
         first = self.rank * least + min(self.rank, more)
         return range(first, first + least + (self.rank < more))
 
+    def another(self) -> "Ranks":
+        """The same ranks with a host group of their own, for a thread whose messages must not mix with these. All call
+        it together."""
+        if self.host_group is None:
+            return self
+        return Ranks(self.rank, self.size, dist.new_group(backend="gloo", timeout=_LONGEST_WRITE))  # type: ignore
+
     def barrier(self) -> None:
         """Waits until all ranks are here."""
         if self.size > 1:
@@ -105,7 +114,7 @@ class Ranks:
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         limit = timedelta(seconds=timeout_s)
         # Outside torchrun there is no other process to meet: a store in memory will do.
-        store = None if "MASTER_ADDR" in os.environ else dist.HashStore()  # pyright: ignore[reportPrivateImportUsage]
+        store = None if {"RANK", "MASTER_ADDR"} <= os.environ.keys() else dist.HashStore()  # pyright: ignore[reportPrivateImportUsage]
         place = {} if store is None else {"store": store, "rank": rank, "world_size": size}
         dist.init_process_group(backend, timeout=limit, **place)
         try:

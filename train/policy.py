@@ -69,7 +69,8 @@ class Policy:
 
         Raises FileNotFoundError for a local path that does not exist; whatever transformers raises for a bad one.
         """
-        model, tokenizer = load_whole(config, seed)
+        attention = config.attention if config.attention in ("sdpa", "eager") else None  # the others need bfloat16
+        model, tokenizer = load_whole(config, seed, attention)
         return cls(model, tokenizer, temperature=temperature, device=device)
 
     @property
@@ -162,6 +163,14 @@ class Policy:
         clamped_N = fields.pop("clamped")
         return TokenStats(**fields), clamped_N
 
+    @torch.no_grad()
+    def stats_and_reference(self, batch: MicroBatch, token_T: Tensor) -> tuple[TokenStats, TokenStats]:
+        """Statistics of a few response tokens, collision sums included, from the fused op and from logits of the same
+        hidden rows."""
+        fields = self._run(batch, token_T, collision=True, reference=True)
+        reference = {name: fields.pop(f"reference_{name}") for name in list(fields) if f"reference_{name}" in fields}
+        return TokenStats(**fields), TokenStats(**reference)
+
     def idle(self) -> Tensor:
         """A pass over one token that is worth nothing, for a rank without work while others have some: they wait for
         each other in every block. Backward through the zero it returns."""
@@ -187,13 +196,24 @@ class Policy:
         return row.unflatten(1, input_BL.shape)[0]
 
     def _row_stats(
-        self, hidden_NH: Tensor, target_N: Tensor, *, collision: bool = False, clamped_share: float = 0.0
+        self,
+        hidden_NH: Tensor,
+        target_N: Tensor,
+        *,
+        collision: bool = False,
+        clamped_share: float = 0.0,
+        reference: bool = False,
     ) -> dict[str, Tensor]:
         """What the head runs; a dict, in which FSDP finds the tensors that a backward pass may begin at."""
         stats = self.head.stats(hidden_NH, target_N, temperature=self.temperature, collision=collision)
         fields = stats.as_dict()
         if clamped_share:
             fields["clamped"] = self.head.clamped_entropy(hidden_NH, share=clamped_share, temperature=self.temperature)
+        if reference:
+            from_logits = self.head.reference_stats(
+                hidden_NH, target_N, temperature=self.temperature, collision=collision
+            )
+            fields |= {f"reference_{name}": value for name, value in from_logits.as_dict().items()}
         return fields
 
     @torch.no_grad()

@@ -179,9 +179,9 @@ class Problems:
 
     def report(self, run_dir: Path, log: MetricsLog, say: Callable[[str], None], data: DataConfig) -> None:
         """Writes events for what was left out, and `contamination.json`; tells the user of repeated problems."""
-        if self.train.too_long:
-            log.event("prompts_dropped", count=self.train.too_long, limit=data.max_prompt_tokens)
         for problems in (self.train, *self.held_out):
+            if problems.too_long:
+                log.event("prompts_dropped", set=problems.name, count=problems.too_long, limit=data.max_prompt_tokens)
             if problems.unusable:
                 log.event("rows_dropped", set=problems.name, count=len(problems.unusable), first=problems.unusable[0])
         if data.decontaminate == "off" or not self.held_out:

@@ -33,21 +33,6 @@ class PublicationError(TrainingStopped):
     """The sampler does not have the trainer's weights."""
 
 
-def named_weights(model: Any) -> NamedWeights:
-    """Parameters and persistent buffers of a transformers model, each once, whole, detached.
-
-    Sharded ones (DTensor) are gathered here, which is a collective. A tied head comes as the embedding alone.
-    """
-    names = {name for name, _ in model.named_parameters(remove_duplicate=False)}
-    yield from ((name, _whole(value)) for name, value in model.named_parameters())
-    yield from ((name, _whole(value)) for name, value in model.state_dict().items() if name not in names)
-
-
-def _whole(value: Tensor) -> Tensor:
-    gather = getattr(value, "full_tensor", None)
-    return (value if gather is None else gather()).detach()
-
-
 def _mix(bits: Tensor) -> Tensor:
     """A permutation of 64-bit integers that leaves 0 alone and spreads a changed bit over all."""
     # The masks make logical shifts of torch's arithmetic ones, which would drop the sign.

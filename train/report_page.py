@@ -46,6 +46,10 @@ bold one its moving average over a twentieth of the steps; points are evaluation
 
 {% if evaluations %}
 <h2>Evaluations on held-out prompts</h2>
+{% if evaluation_picture %}
+<img alt="Evaluations over training prompts" src="{{ evaluation_picture }}">
+<p class="quiet">Shaded: 95 % intervals over resampled problems.</p>
+{% endif %}
 <div class="wide"><table id="evaluations">
 <tr><th>step</th>{% for name in evaluations.names %}<th>{{ name | spoken }}</th>{% endfor %}</tr>
 {% for row in evaluations.rows %}

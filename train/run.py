@@ -1,13 +1,11 @@
 """Everything a run holds: what is built once before the first step, and what a checkpoint must bring back."""
 
-import fcntl
-import time
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 
 from entrocraft import Decision, Rollouts, TokenStats
 from entrocraft.advantages import build as build_advantage
@@ -15,35 +13,32 @@ from entrocraft.advantages import members
 from entrocraft.losses import AGGREGATIONS
 from entrocraft.methods import Signal, State
 from entrocraft.registry import lookup
+from entrocraft.train import data_record
 from entrocraft.train.checkpoint import CheckpointFolder
+from entrocraft.train.checkpoint_files import value_of
 from entrocraft.train.config import Config
-from entrocraft.train.config_reader import differences, save_config, to_dict
 from entrocraft.train.control import build_controller, build_method
 from entrocraft.train.data import PromptOrder
 from entrocraft.train.drawing import Drawing
 from entrocraft.train.engines import build_engine
 from entrocraft.train.errors import NonFiniteError, TrainingStopped
 from entrocraft.train.evaluation import sampling_settings
-from entrocraft.train.layers import description, use_liger
+from entrocraft.train.layers import use_liger
 from entrocraft.train.loading import load
-from entrocraft.train.metrics import EVALUATIONS_FILE, EVENTS_FILE, METRICS_FILE, SAMPLES_FILE, MetricsLog
+from entrocraft.train.metrics import MetricsLog
 from entrocraft.train.mismatch import MismatchWatch, build_importance
 from entrocraft.train.parallel import Ranks
 from entrocraft.train.policy import Policy, choose_device
 from entrocraft.train.problem_sets import Problems
 from entrocraft.train.reference import Reference, divergence
 from entrocraft.train.rewards import RewardPool
+from entrocraft.train.run_folder import RunFolder
 from entrocraft.train.spread import SpreadEngine
 from entrocraft.train.step import Learning
+from entrocraft.waves import Waves
 
 # First entry after the seed of each random stream: what is drawn for one purpose never depends on what another drew.
 SAMPLE, EVALUATE = 1, 2
-
-# Settings that may change when a run goes on: they decide how long, how often and where, not what a step computes.
-_FREE_ON_RESUME = (
-    *("run_dir", "resume", "checkpoint.", "evaluation.", "reward.workers", "logging."),
-    *(f"parallel.{name}" for name in ("shard_ranks", "reshard_after_forward", "cpu_offload", "timeout_s")),
-)
 
 
 class Run:
@@ -55,8 +50,15 @@ class Run:
         self.config = config
         self.ranks = ranks or Ranks()
         self.dir = Path(config.run_dir)
-        self.checkpoints = CheckpointFolder(self.dir, keep=config.checkpoint.keep, ranks=self.ranks)
-        self._refuse_or_compare()
+        self.checkpoints = CheckpointFolder(
+            self.dir,
+            keep=config.checkpoint.keep,
+            ranks=self.ranks,
+            best=bool(config.checkpoint.best),
+            asynchronous=config.checkpoint.asynchronous,
+        )
+        self.folder = RunFolder(config, self.ranks)
+        self.folder.refuse_or_compare(self.checkpoints)
         # Mistakes first, slow things after.
         self.method = build_method(config)
         self.method_state: State = {}
@@ -79,6 +81,8 @@ class Run:
             self.data.train.prompts,
             self.data.held_out,
         )
+        if self.checkpoints.whole():
+            data_record.compare(self.dir, self.data)
         self._check_sizes()
         self.policy.check(self.prompts[0])
         self.liger = use_liger(self.policy, config.model, self.prompts[0][:64])
@@ -88,7 +92,6 @@ class Run:
             self.engine,
             self.order,
             self.prompts,
-            prompts_per_step=config.batch.prompts_per_step,
             samples_per_prompt=config.batch.samples_per_prompt,
             stream=(config.seed, SAMPLE),
             ahead=config.engine.overlap,
@@ -99,6 +102,8 @@ class Run:
             betas=config.optimizer.betas,
             weight_decay=config.optimizer.weight_decay,
         )
+        self.waves = _waves(config)
+        self.last_direction = 0
         self.step = 0
         self.samples = 0
         self.bad_in_a_row = 0
@@ -124,29 +129,6 @@ class Run:
                     f"{prompt + response - 1}"
                 )
 
-    def _refuse_or_compare(self) -> None:
-        whole = self.checkpoints.whole()
-        metrics = self.dir / METRICS_FILE
-        if self.config.resume == "never" and (whole or (metrics.exists() and metrics.stat().st_size)):
-            held = whole[-1].name if whole else "no checkpoint yet, but metrics"
-            raise ValueError(
-                f"run_dir = {self.config.run_dir!r} already holds a run ({held}); go on with --resume auto, or choose "
-                "another run_dir"
-            )
-        if not whole:
-            return
-        schedule = self.config.entropy.schedule
-        free = _FREE_ON_RESUME
-        if schedule.steps is not None or schedule.kind in ("constant", "piecewise"):
-            free = (*free, "optimizer.steps")  # else it would stretch the curve
-        old = yaml.safe_load((self.dir / "config.yaml").read_text())
-        changed = [line for line in differences(old, to_dict(self.config)) if not line.startswith(free)]
-        if changed:
-            raise ValueError(
-                f"cannot resume {self.config.run_dir!r} with other settings, the curves would not be of one run: "
-                f"{'; '.join(changed)}. Restore them, or choose another run_dir"
-            )
-
     def resume(self) -> int | None:
         """Loads the newest whole checkpoint, if any, and returns its step."""
         state = self.checkpoints.load_newest(self.policy.model, self.optimizer)
@@ -156,55 +138,29 @@ class Run:
         self.order.load_state_dict(state["order"])
         self.controller.load_state_dict(state["controller"])
         self.method_state = state["method"]
-        self.drawing.load_state_dict(state["drawn"])
-        self.mismatch.load_state_dict(state["mismatch"])
+        self.drawing.load_state_dict(state.get("drawn"))
+        self.mismatch.load_state_dict(state.get("mismatch", {"usual": [], "unusual": []}))
+        self.last_direction = state["last_direction"]
+        if self.waves is not None:
+            self.waves.load_state_dict(state["waves"])
         return self.step
 
     def begin(self, resumed: int | None) -> None:
-        """Takes the run's folder for this run, and writes the resolved configuration into it.
-
-        A record without a checkpoint to go on from is set aside under another name, not written over. Raises ValueError
-        when another run is training in this folder.
-        """
-        trouble = None
+        """Takes the run's folder, as `RunFolder.take` does."""
+        self.folder.take(resumed, self.checkpoints)
         if self.ranks.main:
-            try:
-                self._take_folder(resumed)
-            except ValueError as error:
-                trouble = str(error)
-        trouble = self.ranks.from_main(trouble)
-        if trouble is not None:
-            raise ValueError(trouble)
-
-    def _take_folder(self, resumed: int | None) -> None:
-        self.dir.mkdir(parents=True, exist_ok=True)
-        self._lock = (self.dir / ".lock").open("w")
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ValueError(
-                f"run_dir = {self.config.run_dir!r} is in use by another process; stop it, or choose another run_dir"
-            ) from None
-        self.checkpoints.remove_unfinished()
-        metrics = self.dir / METRICS_FILE
-        if resumed is None and metrics.exists() and metrics.stat().st_size:
-            mark = time.strftime("before-%Y%m%d-%H%M%S")
-            for name in (METRICS_FILE, EVENTS_FILE, EVALUATIONS_FILE, SAMPLES_FILE, "config.yaml"):
-                if (self.dir / name).exists():
-                    (self.dir / name).rename(self.dir / f"{name}.{mark}")
-        aside = self.dir / "config.yaml.writing"
-        save_config(self.config, aside)
-        aside.replace(self.dir / "config.yaml")
+            data_record.write(self.dir, self.data)
 
     def end(self) -> None:
-        """Lets go of the engine and of the run's folder."""
+        """Lets go of the engine and of the run's folder, when the last checkpoint is written."""
         self.drawing.close()
         self.engine.close()
-        if self.ranks.main:
-            self._lock.close()
+        self.checkpoints.close()
+        self.folder.release()
 
-    def save(self) -> Path:
-        """Writes a checkpoint of the present state."""
+    def save(self, row: Mapping[str, Any] | None = None) -> Path:
+        """Writes a checkpoint of the present state; `row` are the step's metrics, in which `checkpoint.best` is looked
+        up."""
         state: dict[str, Any] = {
             "samples": self.samples,
             "bad_in_a_row": self.bad_in_a_row,
@@ -213,8 +169,13 @@ class Run:
             "method": dict(self.method_state),
             "drawn": self.drawing.state_dict(),
             "mismatch": self.mismatch.state_dict(),
+            "last_direction": self.last_direction,
+            "waves": None if self.waves is None else self.waves.state_dict(),
         }
-        return self.checkpoints.save(self.step, self.policy.model, self.optimizer, state)
+        best, value = self.config.checkpoint.best, None
+        if best and row is not None:
+            value = value_of(best, row, evaluated=self.evaluation_due())
+        return self.checkpoints.save(self.step, self.policy.model, self.optimizer, state, value)
 
     def set_learning_rate(self) -> float:
         """Sets and returns the learning rate of the present step: linear warm-up from 0, then constant."""
@@ -296,6 +257,7 @@ class Run:
     def stop_for_bad_steps(self) -> None:
         """Saves, then raises TrainingStopped: too many steps in a row could not be trained on."""
         saved = self.save()
+        self.checkpoints.wait()
         raise TrainingStopped(
             f"{self.bad_in_a_row} steps in a row could not be trained on, the last at step {self.step}: a loss, "
             "gradient or score that is not a number, or no verdict on any rollout. Reasons are in events.jsonl, "
@@ -303,41 +265,17 @@ class Run:
             "data, the reward or optimizer.lr; --resume auto goes on from there"
         )
 
-    def _processes(self) -> str:
-        size, shards = self.ranks.size, self.config.parallel.shard_ranks or self.ranks.size
-        if size == 1:
-            return "1 process"
-        return f"{size} processes, " + (f"{size // shards} copies of the model" if shards < size else "one model")
 
-    def batch_table(self) -> list[tuple[str, str]]:
-        """What follows from the four batch numbers, in words."""
-        batch, loss, steps = self.config.batch, self.config.loss, self.config.optimizer.steps
-        epochs = steps * batch.prompts_per_step / len(self.problems)
-        longest = self.config.sampling.max_response_tokens
-        return [
-            *description(self.policy.model, self.policy.dtype, liger=self.liger),
-            (
-                "rollouts a step",
-                f"{batch.prompts_per_step} prompts x {batch.samples_per_prompt} = {batch.rollouts_per_step}",
-            ),
-            (
-                "optimizer updates a step",
-                f"{batch.updates_per_step} x {loss.passes} = {batch.updates_per_step * loss.passes}",
-            ),
-            ("rollouts an update", f"{batch.rollouts_per_update}"),
-            ("response tokens a step", f"at most {batch.rollouts_per_step * longest:,}"),
-            ("tokens a forward pass", f"at most {batch.tokens_per_microbatch:,} on each of {self._processes()}"),
-            (
-                "steps",
-                f"{steps}, {steps * batch.rollouts_per_step:,} training samples, {epochs:.1f} passes over the prompts",
-            ),
-            (
-                "problems",
-                f"{len(self.problems)} to train on ({self.data.train.dropped} dropped), "
-                f"{sum(len(held.problems) for held in self.held_out)} held out "
-                f"({sum(held.dropped for held in self.held_out)} dropped)",
-            ),
-        ]
+def _waves(config: Config) -> Waves | None:
+    if not config.refill.oversample:
+        return None
+    batch, refill = config.batch, config.refill
+    return Waves(
+        batch.rollouts_per_step,
+        batch.samples_per_prompt,
+        max_waves=refill.max_waves,
+        max_factor=refill.max_factor,
+    )
 
 
 def check_finite(stats: TokenStats) -> None:

@@ -42,14 +42,18 @@ def needs_sharding(config: ParallelConfig, size: int, dtype: torch.dtype) -> boo
     return size > 1 or dtype != torch.float32 or config.cpu_offload
 
 
-def build_mesh(device: torch.device, size: int, shard_ranks: int | None) -> DeviceMesh:
-    """All ranks in one dimension, or ("copies", "shards") for HSDP. ValueError when `shard_ranks` does not divide."""
-    shards = shard_ranks or size
-    if size % shards:
+def check_shard_ranks(shard_ranks: int | None, size: int) -> None:
+    """Raises ValueError when so many ranks cannot be divided so."""
+    if shard_ranks is not None and size % shard_ranks:
         raise ValueError(
             f"parallel.shard_ranks = {shard_ranks}: expected a divisor of the {size} processes, so that every copy of "
             "the model has as many"
         )
+
+
+def build_mesh(device: torch.device, size: int, shard_ranks: int | None) -> DeviceMesh:
+    """All ranks in one dimension, or ("copies", "shards") for HSDP."""
+    shards = shard_ranks or size
     if shards == size:
         return init_device_mesh(device.type, (size,), mesh_dim_names=("shards",))
     return init_device_mesh(device.type, (size // shards, shards), mesh_dim_names=("copies", "shards"))
@@ -61,14 +65,16 @@ def is_tied(model: Any) -> bool:
 
 
 def blocks(model: Any) -> list[nn.Module]:
-    """The decoder blocks: the longest list of modules in the backbone. ValueError when there is none."""
+    """The decoder blocks: a list of `num_hidden_layers` modules in the backbone, else its longest list. ValueError when
+    there is none."""
     lists = [module for module in model.base_model.modules() if isinstance(module, nn.ModuleList)]
     if not lists:
         raise ValueError(
             f"{type(model).__name__} has no list of decoder blocks in its backbone, so it cannot be sharded block by "
             "block; train it on one process with parallel.param_dtype = 'float32'"
         )
-    return list(max(lists, key=len))
+    layers = getattr(model.config.get_text_config(decoder=True), "num_hidden_layers", None)
+    return list(max(lists, key=lambda found: (len(found) == layers, len(found))))  # experts may be more than layers
 
 
 def shard_model(model: Any, config: ParallelConfig, mesh: DeviceMesh, dtype: torch.dtype) -> None:

@@ -108,10 +108,11 @@ class SpreadPool(RewardPool):
             return self.pool.score(completions, answers, prompts)
         own = self.ranks.share(len(completions))
         rows = slice(own.start, own.stop)
-        return _merged(self.ranks.gather(self.pool.score(completions[rows], answers[rows], prompts[rows])))
+        return merged(self.ranks.gather(self.pool.score(completions[rows], answers[rows], prompts[rows])))
 
 
-def _merged(parts: Sequence[RewardBatch]) -> RewardBatch:
+def merged(parts: Sequence[RewardBatch]) -> RewardBatch:
+    """One value of several batches of completions, in order."""
     return RewardBatch(
         **{field.name: _merge_field([getattr(part, field.name) for part in parts]) for field in fields(RewardBatch)}
     )
@@ -142,6 +143,9 @@ class SilentLog(MetricsLog):
         """Nothing: rank 0 writes the same."""
 
     def rows(self, file: str, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Nothing: rank 0 writes the same."""
+
+    def sync(self) -> None:
         """Nothing: rank 0 writes the same."""
 
     def close(self) -> None:

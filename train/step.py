@@ -5,7 +5,7 @@ whose tokens have no gradient adds nothing to the loss, so it is never run throu
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -40,6 +40,8 @@ class Learning:
     """What leaving the reference costs, for the same T tokens that are given to `make_share`."""
     importance: ImportanceWeights | None = None
     """Correction for a sampler that is not the policy, where the sampler gives its log-probabilities."""
+    factor: float = 1.0
+    """What the policy loss is multiplied by."""
 
     def objective(
         self, rollouts: Rollouts, stats: TokenStats, old_logprob_T: Tensor, advantage_R: Tensor, keep_T: Tensor | None,
@@ -121,6 +123,8 @@ def make_share(
     advantage_R, keep_T = decision.advantage_R[chosen_R], decision.keep_T[token_N]
     member_R = None if learning.member_R is None else learning.member_R[chosen_R]
     objective = learning.objective(part, now, old.logprob_T, advantage_R, keep_T, member_R)
+    if learning.factor != 1.0:
+        objective = replace(objective, weight_T=learning.factor * objective.weight_T)
     if learning.penalty is not None:
         scale = loss_scale(learning.aggregation, learning.config, part.R)
         objective = learning.penalty.index(token_N).added_to(

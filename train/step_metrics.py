@@ -2,18 +2,21 @@
 
 import math
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import torch
 
 from entrocraft import Rollouts, TokenStats
-from entrocraft.train.data import Problem
 from entrocraft.train.errors import NonFiniteError
-from entrocraft.train.evaluation import sample_rows, spread_out
+from entrocraft.train.evaluation import completion_texts, sample_rows, spread_out
 from entrocraft.train.metrics import SAMPLES_FILE, MetricsLog
 from entrocraft.train.mismatch import mismatch_metrics
 from entrocraft.train.rewards import RewardBatch
 from entrocraft.train.run import Run
+
+if TYPE_CHECKING:
+    from entrocraft.train.batches import Graded
 
 
 def batch_metrics(run: Run, rollouts: Rollouts, rewards: RewardBatch) -> dict[str, float]:
@@ -88,17 +91,12 @@ def watch_mismatch(
     return metrics | ({"mismatch_alarm": float(alarm is not None)} if metrics else {})
 
 
-def save_samples(
-    run: Run,
-    rollouts: Rollouts,
-    texts: Sequence[str],
-    rewards: RewardBatch,
-    problems: Sequence[Problem],
-    log: MetricsLog,
-) -> None:
+def save_samples(run: Run, sampled: "Graded", log: MetricsLog) -> None:
     """Writes some of a step's rollouts, with their rewards, to `samples.jsonl`, every `saved_samples_every` steps."""
     evaluation = run.config.evaluation
     if not evaluation.saved_samples_every or run.step % evaluation.saved_samples_every:
         return
-    rows = spread_out(sample_rows(rollouts, texts, rewards, problems), evaluation.saved_samples)
+    texts = completion_texts(sampled.rollouts, run.policy)
+    found = sample_rows(sampled.rollouts, texts, sampled.rewards, sampled.problems)
+    rows = spread_out(found, evaluation.saved_samples)
     log.rows(SAMPLES_FILE, [{"step": run.step, "kind": "training", **row} for row in rows])

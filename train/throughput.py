@@ -104,6 +104,16 @@ class ModelCost:
         return 2.0 * (self.blocks * work.tokens + self.attention * work.squares + self.head * work.rows)
 
 
+@dataclass(slots=True)
+class Lap:
+    """What a phase of a step took so far: seconds, tokens, this rank's operations, and GB at its worst."""
+
+    seconds: float = 0.0
+    tokens: int = 0
+    operations: float = 0.0
+    memory: float = 0.0
+
+
 class Clock:
     """Time, work and memory of the phases of a step, from its construction on.
 
@@ -114,12 +124,12 @@ class Clock:
         self.cost = None if model is None else ModelCost.of(model)
         self.device, self.ranks = device or torch.device("cpu"), ranks
         self.peak = peak_flops(self.device)
-        self.laps: dict[str, float] = {}
+        self.laps: dict[str, Lap] = {}
         self._watch_memory()
         self.started = self.last = time.perf_counter()
 
     def lap(self, phase: str, *, tokens: int = 0, forward: Work | None = None, passes: int = 1) -> None:
-        """Ends a phase, which began where the one before it ended.
+        """Ends a phase, which began where the one before it ended. One that comes again is added to what it was.
 
         tokens: what its speed is counted in. forward: what went through the model, `passes` times the work of a forward
         pass (3 with the backward pass).
@@ -127,23 +137,30 @@ class Clock:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         now = time.perf_counter()
-        seconds, self.last = now - self.last, now
-        self.laps[f"seconds_{phase}"] = seconds
-        if tokens:
-            self.laps[f"tokens_per_second_{phase}"] = tokens / seconds
+        lap = self.laps.setdefault(phase, Lap())
+        lap.seconds += now - self.last
+        lap.tokens += tokens
         if forward is not None and self.cost is not None:
-            rate = passes * self.cost.forward(forward) / seconds / self.ranks
-            self.laps[f"tflops_{phase}"] = rate / 1e12
-            if self.peak is not None:
-                self.laps[f"mfu_{phase}"] = rate / self.peak
-        self.laps[f"memory_{phase}"] = self._memory() / 1e9
+            lap.operations += passes * self.cost.forward(forward) / self.ranks
+        lap.memory = max(lap.memory, self._memory() / 1e9)
+        self.last = now
         self._watch_memory()
 
     def metrics(self, tokens: int) -> dict[str, float]:
         """All of it by phase; seconds and response tokens per second of the whole step; GB, the most of any phase."""
+        found: dict[str, float] = {}
+        for phase, lap in self.laps.items():
+            found[f"seconds_{phase}"] = lap.seconds
+            if lap.tokens:
+                found[f"tokens_per_second_{phase}"] = lap.tokens / lap.seconds
+            if lap.operations:
+                found[f"tflops_{phase}"] = lap.operations / lap.seconds / 1e12
+                if self.peak is not None:
+                    found[f"mfu_{phase}"] = lap.operations / lap.seconds / self.peak
+            found[f"memory_{phase}"] = lap.memory
         seconds = self.last - self.started
-        most = max((value for name, value in self.laps.items() if name.startswith("memory_")), default=0.0)
-        return {**self.laps, "seconds": seconds, "tokens_per_second": tokens / seconds, "memory": most}
+        most = max((lap.memory for lap in self.laps.values()), default=0.0)
+        return {**found, "seconds": seconds, "tokens_per_second": tokens / seconds, "memory": most}
 
     def _watch_memory(self) -> None:
         if self.device.type == "cuda":

@@ -10,9 +10,8 @@ It starts with random weights: the first publication brings the policy's. Under 
 import os
 import random
 import tempfile
-import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,7 +22,7 @@ import torch
 from entrocraft import Rollouts
 from entrocraft.train.config_engine import EngineConfig, SamplingConfig
 from entrocraft.train.deadline import Caller
-from entrocraft.train.publication import Ledger, WeightSource, one_version
+from entrocraft.train.publication import Ledger, PublicationError, WeightSource, one_version
 from entrocraft.train.sampling import assemble
 from entrocraft.train.vllm_requests import request_options, responses_of
 
@@ -69,6 +68,8 @@ class VLLMEngine:
             config.sleep == "auto" and model.device.type == "cuda" and not config.overlap
         )
         self.asleep = False
+        # vLLM uses the group of processes it finds, and ends it when it ends.
+        self._guest = torch.distributed.is_available() and torch.distributed.is_initialized()
         self._folder = tempfile.TemporaryDirectory(prefix="entrocraft-vllm-")
         self._caller = Caller(model.who, "vLLM in this process")
         self.llm: Any = self._caller.call(self._build, "start", config.start_timeout_s, "engine.start_timeout_s")
@@ -103,7 +104,7 @@ class VLLMEngine:
                 weight_transfer_config={"backend": BACKEND},
                 worker_extension_cls=WORKER,
                 distributed_executor_backend="external_launcher" if torchrun else None,
-                seed=self.model.seed,
+                seed=self.model.seed + int(os.environ.get("RANK", "0")),  # of what is drawn without a seed of its own
                 disable_log_stats=True,
             )
             llm.init_weight_transfer_engine({"init_info": {}})
@@ -111,34 +112,34 @@ class VLLMEngine:
 
     def publish(self, version: int) -> dict[str, float]:
         """Hands the weights over, then compares what the engine says it has with what was sent."""
-        started = time.perf_counter()
-        seconds = self.config.publish_timeout_s
         sent: Ledger = self._caller.call(
             lambda: self._publish(version),
             f"take over weight version {version}",
-            seconds,
+            self.config.publish_timeout_s,
             "engine.publish_timeout_s",
         )
-        return {
-            "publish_seconds": time.perf_counter() - started,
-            "publish_mib": sent.bytes / 2**20,
-        }
+        return {"publish_mib": sent.bytes / 2**20}
 
+    @torch.no_grad()
     def _publish(self, version: int) -> Ledger:
         ledger = Ledger(version)
-        with torch.no_grad(), _kept_as_it_was():
-            if self.asleep:
-                self.llm.wake_up(tags=["weights"])
+        if self.asleep:
+            self.llm.wake_up(tags=["weights"])
+        try:
             self.llm.start_weight_update()
             for parcel in parcels(ledger.passing(self.model.weights(), self.dtype), self.config.transfer_mib):
                 self.llm.update_weights({"update_info": {"weights": parcel}})
             self.llm.finish_weight_update(str(version))
-            if self.asleep:
-                self.llm.wake_up(tags=["kv_cache"])
-                self.asleep = False
-            self.llm.reset_prefix_cache()
-            for attested in self.llm.collective_rpc("entrocraft_attest"):
-                ledger.compare(attested, "vLLM in this process", check=self.config.check)
+        except Exception as error:  # whatever vLLM raises: half of the weights are new
+            raise PublicationError(
+                f"vLLM in this process could not load weight version {version}: {type(error).__name__}: {error}"
+            ) from error
+        if self.asleep:
+            self.llm.wake_up(tags=["kv_cache"])
+            self.asleep = False
+        self.llm.reset_prefix_cache()
+        for attested in self.llm.collective_rpc("entrocraft_attest"):
+            ledger.compare(attested, "vLLM in this process", check=self.config.check)
         return ledger
 
     def sample(
@@ -173,7 +174,9 @@ class VLLMEngine:
         from vllm import SamplingParams, TokensPrompt  # pyright: ignore[reportMissingImports]
 
         assert not self.asleep, "asleep since `rest`; `publish` wakes the engine up"
-        with _kept_as_it_was():
+        # It draws from the process's generator besides the seeded ones. While the policy learns in another thread, to
+        # put that one back would make the other repeat itself.
+        with nullcontext() if self.config.overlap else _kept_as_it_was():
             outputs = self.llm.generate(
                 [TokensPrompt(prompt_token_ids=list(prompt)) for prompt in prompts],
                 [SamplingParams(**each) for each in options],
@@ -192,9 +195,9 @@ class VLLMEngine:
             self.asleep = True
 
     def close(self) -> None:
-        """Ends vLLM and frees its memory."""
+        """Ends vLLM and frees its memory; where the trainer has a process group, leaves both to the process's end."""
         llm, self.llm = self.llm, None
-        if llm is not None and not self._caller.stuck:
+        if llm is not None and not self._caller.stuck and not self._guest:
             self._caller.start(llm.llm_engine.engine_core.shutdown)
         self._caller.close()
         self._folder.cleanup()
@@ -255,7 +258,7 @@ def check_head_size(config: Any) -> None:
 
 @contextmanager
 def _kept_as_it_was() -> Iterator[None]:
-    """Random states and thread settings of this process, which vLLM changes as if they were its own."""
+    """Random states and thread settings of this process, which vLLM uses as if they were its own."""
     states = random.getstate(), np.random.get_state(), torch.random.get_rng_state()
     set_threads = torch.set_num_threads
     try:

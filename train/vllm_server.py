@@ -56,7 +56,8 @@ class VLLMServerEngine:
 
     def publish(self, version: int) -> dict[str, float]:
         """Hands the weights over, then compares what the server's workers say they have with what was sent."""
-        started = time.perf_counter()
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            torch.distributed.barrier()  # no rank is still drawing from the version before
         ledger = Ledger(version)
         weights = ledger.passing(self.model.weights(), self.dtype)
         error: Exception | None = None
@@ -69,7 +70,7 @@ class VLLMServerEngine:
         except (ServerError, TrainingStopped) as caught:
             error = caught
         self._agree(error, version)
-        return {"publish_seconds": time.perf_counter() - started, "publish_mib": ledger.bytes / 2**20}
+        return {"publish_mib": ledger.bytes / 2**20}
 
     def _send(self, ledger: Ledger, weights: Any) -> None:
         deadline = time.monotonic() + self.config.publish_timeout_s

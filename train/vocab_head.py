@@ -14,6 +14,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from entrocraft.kernels import FusedHead, TokenStats
 
@@ -46,6 +47,19 @@ class ShardedHead(FusedHead):
         own = _TakeOwn.apply(torch.stack([*fields.values()]), first, counts, self.group)
         # Copies: FSDP hooks itself to what comes out, and warns of views.
         return TokenStats(**{name: row_T.clone() for name, row_T in zip(fields, own, strict=True)})
+
+    def reference_logits(self, hidden_TH: Tensor) -> Tensor:
+        """fp32 logits [T, V] of this rank's rows, from all parts of the vocabulary; all ranks call it together."""
+        counts = _counts(len(hidden_TH), self.group, hidden_TH.device)
+        first = sum(counts[: dist.get_rank(self.group)])
+        everyone_TH = torch.cat(_gather(hidden_TH, counts, self.group))
+        weight, bias_V = self.head_parameters()
+        assert isinstance(weight, DTensor)
+        assert bias_V is None, "a sharded head with a bias is refused when it is built"
+        own_TV = everyone_TH.float() @ weight.to_local().to(hidden_TH.dtype).float().T
+        widths = _counts(own_TV.shape[1], self.group, hidden_TH.device)
+        all_VT = torch.cat(_gather(own_TV.T.contiguous(), widths, self.group))
+        return all_VT[:, first : first + len(hidden_TH)].T
 
     def clamped_entropy(self, hidden_TH: Tensor, *, share: float, temperature: float | Tensor = 1.0) -> Tensor:
         """Not there for a sharded vocabulary: the least likely tokens are found among all of it. ValueError."""

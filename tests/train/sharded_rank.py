@@ -30,6 +30,7 @@ from entrocraft.train.loading import load
 from entrocraft.train.parallel import Ranks
 from entrocraft.train.policy import Policy
 from entrocraft.train.reference import Reference
+from entrocraft.train.self_check import differences, some_rows
 from entrocraft.train.sharding import full_tensor
 from entrocraft.train.step import Learning, accumulate, make_share, update
 
@@ -42,7 +43,13 @@ CASES: dict[str, dict[str, Any]] = {
     "vocabulary": {"model": "untied", "parallel": {"vocab_parallel_head": True}, "budget": 40},
     "copies": {"model": "tied", "parallel": {"shard_ranks": 2}, "budget": 14, "worlds": (4,)},
     "copies_only": {"model": "untied", "parallel": {"shard_ranks": 1}, "budget": 512, "worlds": (2,)},
-    "offload": {"model": "untied", "parallel": {"cpu_offload": True}, "checkpointing": True, "budget": 40},
+    "offload": {
+        "model": "untied",
+        "parallel": {"cpu_offload": True},
+        "checkpointing": True,
+        "budget": 40,
+        "worlds": (1, 2),
+    },
     "kept_gathered": {"model": "tied", "parallel": {"reshard_after_forward": False}, "budget": 512, "worlds": (2,)},
     "reference": {
         "model": "untied",
@@ -112,7 +119,9 @@ def results(setting: Config, ranks: Ranks, batch: dict[str, Any], policy: Policy
     )
     policy.check(rollouts.prompts[0])
     stats = policy.score(rollouts, budget)
-    made: dict[str, Any] = {"scores": stats.as_dict()}
+    made: dict[str, Any] = {"scores": stats.as_dict(), "ends": policy.eos_ids}
+    rows = some_rows(rollouts, ranks.rank, 8)
+    made["self_check"] = differences(*policy.stats_and_reference(rows, rollouts.token_T))
     reference = Reference.load(setting, policy, ranks, CPU)
     if reference is not None:
         learning = replace(learning, penalty=reference.penalty(rollouts, stats, decision, budget))
@@ -191,11 +200,12 @@ def resumed(setting: Config, ranks: Ranks, run: Path) -> dict[str, torch.Tensor]
 def refused(folder: Path, ranks: Ranks) -> list[str]:
     """What is said of ways to shard that cannot be."""
     told = []
-    for model, parallel in (
+    ways: list[tuple[str, dict[str, Any]]] = [
         ("tied", {"vocab_parallel_head": True}),
         ("untied", {"vocab_parallel_head": True, "shard_ranks": 1}),
         ("untied", {"shard_ranks": 3}),
-    ):
+    ]
+    for model, parallel in ways:
         place = ModelConfig(path=str(folder / model))
         try:
             load(place, ParallelConfig(**parallel), device=CPU, size=ranks.size, seed=0)
@@ -228,6 +238,7 @@ def main(folder: Path) -> None:
             policy = load_policy(setting, ranks)
             made[name] = results(setting, ranks, batch, policy)
             if name == "untied":
+                made["held"] = sum(p.to_local().numel() for p in policy.model.parameters() if isinstance(p, DTensor))
                 made["mixed"] = mixed_tensors_are_refused(policy)
             if name in EXPORTED:
                 made[name] |= generated(policy, folder / f"{name}_{ranks.size}")
@@ -239,8 +250,12 @@ def main(folder: Path) -> None:
             policy = load_policy(setting, ranks)
             optimizer = adam(policy)
             learn(policy, setting, optimizer, batch)
-            CheckpointFolder(run, keep=1, ranks=ranks).save(1, policy.model, optimizer, {})
             made[f"saved_{name}"] = saved_state(policy, optimizer)
+            checkpoints = CheckpointFolder(run, keep=1, ranks=ranks, asynchronous=True)
+            checkpoints.save(1, policy.model, optimizer, {})
+            learn(policy, setting, optimizer, batch)  # while threads write, all ranks go on and talk to each other
+            checkpoints.wait()
+            made[f"moved_{name}"] = saved_state(policy, optimizer)
         torch.save(made, folder / f"rank{ranks.rank}_of_{ranks.size}.pt")
 
 

@@ -108,6 +108,7 @@ def test_outcomes_are_what_the_responses_say(parts):
         assert outcome.tokens == sum(row["tokens"] for row in own)
         assert outcome.truncated == sum(row["truncated"] for row in own)
         assert all(row["tokens"] == 6 for row in own if row["truncated"])
+        assert outcome.entropy is not None
         assert 0 < outcome.entropy / outcome.tokens < math.log(259)
     assert 0 < sum(outcome.right for outcome in outcomes) < 20
 
@@ -177,6 +178,7 @@ def test_the_command_on_a_model_stopped_and_resumed(work):
     assert (work / "cut" / "pass_at_k.png").read_bytes().startswith(b"\x89PNG")
     assert "other" in told
     assert "mean@n" in told
+    assert f"{100 * results['sets']['other']['pass_at_2']:.1f}" in told
     # Again, with everything there: nothing is sampled, the numbers stay; other k need no new responses either.
     calls = work / "stop"
     calls.touch()

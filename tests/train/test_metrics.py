@@ -1,12 +1,14 @@
 import json
 import math
+import os
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from entrocraft.train.metrics import MetricsLog, read_events, read_metrics, read_samples
+from entrocraft.train.metrics import MetricsLog, depends_on_the_clock, read_events, read_metrics, read_samples
 
 
 def scalars(run_dir, tag: str) -> list[tuple[int, float]]:
@@ -156,3 +158,24 @@ def test_rows_beside_the_metrics_are_plain_and_cut_with_them(tmp_path):
     MetricsLog(tmp_path, resume_step=2).close()
     assert [row["step"] for row in read_samples(tmp_path)] == [1, 2]
     assert read_samples(tmp_path / "elsewhere") == []
+
+
+def test_sync_waits_for_every_file_of_the_record(tmp_path, monkeypatch):
+    synced, fsync = [], os.fsync
+
+    def watched(descriptor):
+        synced.append(Path(f"/proc/self/fd/{descriptor}").resolve().name)
+        fsync(descriptor)
+
+    with MetricsLog(tmp_path, resume_step=None) as log:
+        log.log(1, {"entropy": 2.0})
+        log.rows("samples.jsonl", [{"step": 1, "text": "a"}])
+        monkeypatch.setattr(os, "fsync", watched)
+        log.sync()
+    assert set(synced) == {"metrics.jsonl", "events.jsonl", "samples.jsonl", tmp_path.name}
+
+
+def test_what_depends_on_the_clock():
+    clocks = ("seconds", "seconds_update", "publish_seconds", "tokens_per_second", "mfu_update", "memory_peak_gib")
+    assert all(map(depends_on_the_clock, clocks))
+    assert not any(map(depends_on_the_clock, ("entropy", "eval_reward", "publish_mib", "samples")))

@@ -5,7 +5,7 @@ import contextlib
 import json
 import math
 from pathlib import Path
-from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -64,6 +64,12 @@ def test_no_recipe_is_forgotten():
     assert {path.stem for path in CONFIGS.glob("*.yaml")} == {
         *("demo", "demo_gpu", "gsm8k_tiny", "numina", "evaluation", "qwen3_4b")
     }
+
+
+def test_the_page_names_every_recipe():
+    page = (Path(__file__).parents[2] / "docs" / "recipes.md").read_text()
+    missing = [path.stem for path in CONFIGS.rglob("*.yaml") if f"`{path.stem}" not in page]
+    assert missing == ["base"], "which stands below all others"
 
 
 @pytest.mark.parametrize("path", sorted(CONFIGS.rglob("*.yaml")), ids=lambda path: path.stem)
@@ -212,12 +218,13 @@ def test_dry_run(small, tmp_path, names, architecture, vocabulary, tied):
     run.begin(None)
     said: list[str] = []
     with (
-        contextlib.closing(SimpleNamespace(close=run.end)),
+        contextlib.ExitStack() as at_last,
         RewardPool.of(run.config.reward) as pool,
         MetricsLog(run.dir, resume_step=None) as log,
     ):
+        at_last.callback(run.end)
         for run.step in (1, 2):
-            row = train_step(run, pool, log, said.append)
+            row: dict[str, Any] = dict(train_step(run, pool, log, said.append))
             assert run.evaluation_due()
             row |= evaluate_run(run, pool, log, (run.step,))
             log.log(run.step, row)

@@ -1,8 +1,9 @@
 """Rows from real files through the real libraries: pyarrow for parquet, datasets for folders and hub ids."""
 
 import json
+from typing import Any
 
-import datasets
+import datasets.config
 import pyarrow
 import pytest
 from pyarrow import parquet
@@ -48,7 +49,7 @@ def file(tmp_path):
 def test_parquet_and_folder_give_what_jsonl_gives(tmp_path, file, folder):
     lines = tmp_path / "set.jsonl"
     lines.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
-    fields = {"prompt_field": "problem", "answer_field": "answer", "on_missing": "drop"}
+    fields: dict[str, Any] = {"prompt_field": "problem", "answer_field": "answer", "on_missing": "drop"}
     (expected, dropped), *others = (read_problems(path, **fields) for path in (lines, file, folder))
     assert [(p.index, p.question, p.answer) for p in expected] == [(0, "2 + 2?", "4"), (1, "Half of one?", "1/2")]
     assert dropped == [f"{lines}:3: field 'answer' must be a string or a number, it is None"]
@@ -75,7 +76,7 @@ def test_splits(folder):
 
 
 def test_answers_out_of_worked_solutions(file):
-    fields = {"prompt_field": "problem", "answer_field": "solution", "answer_pattern": "boxed"}
+    fields: dict[str, Any] = {"prompt_field": "problem", "answer_field": "solution", "answer_pattern": "boxed"}
     problems, dropped = read_problems(file, on_missing="drop", **fields)
     assert [problem.answer for problem in problems] == ["4", "\\frac{1}{2}"]
     assert "finds no \\boxed{} in 'Clear.'" in dropped[0]

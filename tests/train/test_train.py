@@ -374,11 +374,13 @@ def test_real_problems_through_the_shipped_configuration(work):
 
 
 def test_evaluation_of_a_finished_run(work):
-    run(work, "--optimizer.steps=2", f"--data.eval={work / 'train.jsonl'}")
+    from entrocraft.train.cli import main
+
+    here(work, "--optimizer.steps=2", f"--data.eval={work / 'train.jsonl'}")
     last = rows(work / "run")[-1]
-    entrocraft = [sys.executable, "-m", "entrocraft.train.cli", "eval", str(work / "run"), "--samples", "4"]
-    done = subprocess.run(entrocraft, env=environment(work), cwd=work, text=True, capture_output=True, timeout=240)
-    assert done.returncode == 0, done.stderr
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()):
+        patch.syspath_prepend(str(work))
+        assert main(["eval", str(work / "run"), "--samples", "4"]) == 0
     result = json.loads((work / "run" / "eval" / "results.json").read_text())["sets"]["eval"]
     assert result["problems"] == 12
     assert 0 < result["accuracy"] < 1

@@ -12,7 +12,7 @@ from entrocraft.train.config_engine import MismatchConfig
 from entrocraft.train.deadline import WaitedTooLong
 from entrocraft.train.errors import NonFiniteError, TrainingStopped
 from entrocraft.train.mismatch import MismatchWatch, mismatch_metrics
-from entrocraft.train.publication import Ledger, PublicationError, check_version, named_weights
+from entrocraft.train.publication import Ledger, PublicationError, check_version
 
 # Both compute in float32, by other kernels: the largest difference seen over these logits is 1e-5 nats.
 TOLERANCE = 5e-5
@@ -36,7 +36,7 @@ def test_every_publication_arrives(published, tied):
         assert check_version(rollouts, version, allowed=0) == 0
         assert (rollouts.R, rollouts.P) == (32, 4)
         assert difference(policy, rollouts) < TOLERANCE
-        assert metrics["publish_mib"] == sum(v.numel() * 4 for _, v in named_weights(policy.model)) / 2**20
+        assert metrics["publish_mib"] == sum(v.numel() * 4 for _, v in policy.weights()) / 2**20
         learn(policy, rollouts)
         # The step was a real one: the same rollouts are scored quite differently now.
         assert difference(policy, rollouts) > 1000 * TOLERANCE
@@ -137,7 +137,7 @@ def test_what_arrives_changed_is_refused(published, monkeypatch):
 def test_what_changes_after_loading_is_found(published):
     policy, engine = published(tied=False)
     ledger = Ledger(0)
-    assert len(list(ledger.passing(named_weights(policy.model), torch.float32))) == len(ledger.received)
+    assert len(list(ledger.passing(policy.weights(), torch.float32))) == len(ledger.received)
     (attested,) = engine.llm.collective_rpc("entrocraft_attest")
     ledger.compare(attested, "vLLM", check="held")
     assert attested["held"]["embed_tokens"] is not None
@@ -159,7 +159,10 @@ def test_broken_weights_are_named():
     engine.publish(1)
     with pytest.raises(NonFiniteError, match="weight version 1"):
         draw(engine)
-    engine.close()
+    # And weights that are not this model's, by name.
+    object.__setattr__(engine.model, "weights", lambda: iter([("model.layers.0.adapter.weight", torch.ones(2))]))
+    with pytest.raises(PublicationError, match=r"could not load weight version 2: .*layers\.0\.adapter"):
+        engine.publish(2)
 
 
 def test_it_sleeps_while_the_policy_learns():
@@ -174,7 +177,6 @@ def test_it_sleeps_while_the_policy_learns():
         with pytest.raises(AssertionError, match="asleep"):
             draw(engine)
         learn(policy, rollouts)
-    engine.close()
 
 
 def test_a_wait_ends_and_says_who_waited_for_whom():
@@ -184,7 +186,7 @@ def test_a_wait_ends_and_says_who_waited_for_whom():
 
     def stuck():
         hang.wait(20)
-        yield from named_weights(policy.model)
+        yield from policy.weights()
 
     object.__setattr__(engine.model, "weights", stuck)
     with pytest.raises(
@@ -194,7 +196,6 @@ def test_a_wait_ends_and_says_who_waited_for_whom():
     with pytest.raises(WaitedTooLong, match="still has not done: take over weight version 7"):
         draw(engine)
     hang.set()
-    engine.close()
 
 
 def test_a_sampler_in_bfloat16_is_near(published):
@@ -206,7 +207,6 @@ def test_a_sampler_in_bfloat16_is_near(published):
     assert 1e-4 < metrics["mismatch_mean"] < 0.05
     assert metrics["mismatch_kl"] < 0.01
     assert 0.8 < metrics["mismatch_ratio_p01"] < metrics["mismatch_ratio_p50"] < metrics["mismatch_ratio_p99"] < 1.25
-    engine.close()
 
 
 def test_heads_without_a_kernel_are_refused():

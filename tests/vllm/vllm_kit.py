@@ -9,6 +9,8 @@ from entrocraft.train.packing import pack
 from entrocraft.train.policy import Policy
 from entrocraft.train.tiny_model import build_tiny_model
 
+# vLLM keeps some of its state once a process, and one engine's end ends it for all: none here ends before the process.
+ENGINES = []
 PROMPTS = [(5, 6, 7), (9,), (30, 31, 32, 33, 34), (5, 6, 8)]
 TEMPERATURE = 0.7
 ENDS = range(60, 90)  # so that about half of the responses end by themselves
@@ -30,7 +32,8 @@ def make_engine(policy, **options):
         sampling=SamplingConfig(max_response_tokens=16, temperature=TEMPERATURE),
         data=DataConfig(max_prompt_tokens=32),
     )
-    return build_engine(config, policy)
+    ENGINES.append(build_engine(config, policy))
+    return ENGINES[-1]
 
 
 def learn(policy, rollouts, *, lr=0.05):
@@ -43,3 +46,8 @@ def learn(policy, rollouts, *, lr=0.05):
             p -= lr * p.grad / p.grad.norm() * p.norm()
             p.grad = None
     return stats
+
+
+def odd(completion, answer, prompt):
+    """A reward that an untrained model can get."""
+    return float(len(completion) % 2)
