@@ -160,7 +160,7 @@ def read_samples(run_dir: str | Path) -> list[dict[str, Any]]:
 
 def depends_on_the_clock(name: str) -> bool:
     """Whether a metric tells of the machine (wall-clock time, speed, memory) and so differs between equal runs."""
-    return not {"seconds", "second", "mfu", "flops", "memory", "rss"}.isdisjoint(name.split("_"))
+    return not {"seconds", "second", "mfu", "tflops", "memory", "rss"}.isdisjoint(name.split("_"))
 
 
 def read_evaluations(run_dir: str | Path) -> list[dict[str, Any]]:

@@ -22,9 +22,6 @@ from entrocraft import Rollouts
 from entrocraft.train.packing import sequence_lengths
 from entrocraft.train.sharding import blocks
 
-MACHINE_METRICS = ("seconds", "tokens_per_second", "tflops", "mfu", "memory")
-"""Beginnings of the names of metrics that differ between two runs of the same thing."""
-
 # Dense bf16 tensor-core FLOP/s, from NVIDIA's data sheets, by what a device's name holds. The first that fits.
 PEAKS = (
     ("B200", 2250e12),

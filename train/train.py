@@ -11,8 +11,8 @@ updating, a controller rejects rollouts so that the policy's entropy follows `en
 
 Each step: sample, reward, score, decide, update, publish; now and then evaluate and save. Ctrl-C finishes the step,
 saves and ends; `--resume auto` goes on from there, bit for bit, which `--verify-resume` proves for a configuration by
-training a few steps twice. `--help` lists every setting;
-`--plan --world-size 8` predicts what each of 8 processes needs of memory, and trains nothing.
+training a few steps twice. `--plan --world-size 8` predicts what each of 8 processes needs of memory, and trains
+nothing. `--help` lists every setting.
 """
 
 import os

@@ -10,7 +10,7 @@ import yaml
 from entrocraft import Rollouts
 from entrocraft.train.batches import Graded
 from entrocraft.train.config_reader import load_config
-from entrocraft.train.metrics import MetricsLog
+from entrocraft.train.metrics import MetricsLog, depends_on_the_clock
 from entrocraft.train.problems import Problem
 from entrocraft.train.rewards import RewardBatch, RewardPool
 from entrocraft.train.run import Run
@@ -67,7 +67,7 @@ def rows(name, *arguments, steps=2):
             made.append(train_step(run, SpreadPool(pool, run.ranks), log, print))
     run.save()
     run.end()
-    return [{k: v for k, v in row.items() if not k.startswith(("seconds", "tokens_per_second"))} for row in made]
+    return [{k: v for k, v in row.items() if not depends_on_the_clock(k)} for row in made]
 
 
 MORE = ("--refill.max_waves=8", "--refill.max_factor=8")

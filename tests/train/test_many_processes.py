@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from entrocraft.train.throughput import MACHINE_METRICS
+from entrocraft.train.metrics import depends_on_the_clock
 from entrocraft.train.train import main
 
 SCRIPT = Path(__file__).resolve().parents[2] / "train" / "train.py"
@@ -62,7 +62,7 @@ def here(work, monkeypatch, *arguments):
 def rows(folder):
     """The metrics of a run without those of the machine."""
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in row.items() if not k.startswith(MACHINE_METRICS)} for row in lines]
+    return [{k: v for k, v in row.items() if not depends_on_the_clock(k)} for row in lines]
 
 
 def test_two_processes_make_the_run_of_one_and_one_goes_on_from_them(work, monkeypatch):

@@ -176,6 +176,14 @@ def test_sync_waits_for_every_file_of_the_record(tmp_path, monkeypatch):
 
 
 def test_what_depends_on_the_clock():
-    clocks = ("seconds", "seconds_update", "publish_seconds", "tokens_per_second", "mfu_update", "memory_peak_gib")
+    clocks = (
+        "seconds",
+        "seconds_update",
+        "publish_seconds",
+        "tokens_per_second",
+        "mfu_update",
+        "tflops_update",
+        "memory",
+    )
     assert all(map(depends_on_the_clock, clocks))
     assert not any(map(depends_on_the_clock, ("entropy", "eval_reward", "publish_mib", "samples")))

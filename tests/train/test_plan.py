@@ -246,7 +246,6 @@ def test_vllm_reference_and_hsdp():
 
 
 def test_adapters_have_the_only_gradients():
-    pytest.importorskip("peft", reason="the environment without peft says so in test_many_processes")
     config = Config(model=ModelConfig(tiny=SMALL), lora=LoraConfig(rank=4))
     plan = make_plan(config)
     assert 0 < plan.trained < plan.parameters / 2

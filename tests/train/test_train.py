@@ -17,7 +17,7 @@ import torch
 import yaml
 
 from entrocraft.train.config import TinyModelConfig
-from entrocraft.train.throughput import MACHINE_METRICS
+from entrocraft.train.metrics import depends_on_the_clock
 from entrocraft.train.tiny_model import build_tiny_model
 
 SCRIPT = Path(__file__).resolve().parents[2] / "train" / "train.py"
@@ -116,7 +116,7 @@ def here(work, *overrides, code=0):
 def rows(folder):
     """The metrics of a run without those of the machine."""
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [{key: value for key, value in row.items() if not key.startswith(MACHINE_METRICS)} for row in lines]
+    return [{key: value for key, value in row.items() if not depends_on_the_clock(key)} for row in lines]
 
 
 def wait_for(process, condition, limit=180.0):
