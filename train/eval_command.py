@@ -16,6 +16,7 @@ import argparse
 import json
 import zlib
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from rich.table import Table
 from entrocraft.train.config import Config
 from entrocraft.train.config_evaluation import ks
 from entrocraft.train.config_reader import load_config, to_dict
+from entrocraft.train.engines import build_engine
 from entrocraft.train.eval_figure import plot_pass_at_k
 from entrocraft.train.eval_record import Record
 from entrocraft.train.eval_statistics import summarise
@@ -34,7 +36,6 @@ from entrocraft.train.policy import Policy, choose_device
 from entrocraft.train.problem_sets import DEFAULT_SET, load_held_out
 from entrocraft.train.rewards import RewardPool
 from entrocraft.train.run import EVALUATE
-from entrocraft.train.sampling import HuggingFaceEngine
 
 # Settings of `data` that say how a held-out set is read: any, and that of `data.eval`.
 _READING = (
@@ -130,7 +131,6 @@ def run_evaluation(config: Config, out: Path, *, seed: int, only: Sequence[str],
     policy = Policy.load(
         config.model, temperature=config.sampling.temperature, device=choose_device(config.device), seed=config.seed
     )
-    engine = HuggingFaceEngine(policy.model, config.sampling, eos_ids=policy.eos_ids, pad_id=policy.pad_id)
     held_out = load_held_out(config, policy.tokenizer, context=policy.context)
     names = [held.name for held in held_out]
     if not names:
@@ -140,7 +140,8 @@ def run_evaluation(config: Config, out: Path, *, seed: int, only: Sequence[str],
     if unknown := sorted(set(only) - set(names)):
         raise ValueError(f"--set {unknown[0]}: no such set; there are {names}")
     summaries: dict[str, Any] = {}
-    with RewardPool.of(config.reward) as pool:
+    with RewardPool.of(config.reward) as pool, closing(build_engine(config, policy)) as engine:
+        engine.publish(0)
         for held in held_out:
             if only and held.name not in only:
                 continue
