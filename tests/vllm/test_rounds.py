@@ -159,10 +159,6 @@ def test_broken_weights_are_named():
     engine.publish(1)
     with pytest.raises(NonFiniteError, match="weight version 1"):
         draw(engine)
-    # And weights that are not this model's, by name.
-    object.__setattr__(engine.model, "weights", lambda: iter([("model.layers.0.adapter.weight", torch.ones(2))]))
-    with pytest.raises(PublicationError, match=r"could not load weight version 2: .*layers\.0\.adapter"):
-        engine.publish(2)
 
 
 def test_it_sleeps_while_the_policy_learns():

@@ -46,8 +46,9 @@ def server(tmp_path_factory):
     while not serving(url):
         assert process.poll() is None, log.read_text()[-3000:]
         time.sleep(0.5)
-    yield url, log
-    os.killpg(process.pid, signal.SIGINT)
+    yield url, process
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGINT)
     try:
         process.wait(20)
     except subprocess.TimeoutExpired:
@@ -132,10 +133,8 @@ def test_a_server_that_dies_ends_the_run(server):
     policy = make_policy(tied=True)
     engine = engine_on(server, policy)
     engine.publish(0)
-    for line in subprocess.run(["ps", "-eo", "pid,args"], capture_output=True, text=True).stdout.splitlines():
-        if f"--port {server[0].rsplit(':', 1)[1]}" in line and "serve" in line:
-            os.kill(int(line.split()[0]), signal.SIGKILL)
-    time.sleep(0.5)
+    os.killpg(server[1].pid, signal.SIGKILL)
+    server[1].wait(20)
     with pytest.raises(TrainingStopped, match=r"rank 0 of the trainer asked http://.* to draw 2 rollouts of each of 4"):
         engine.sample(PROMPTS, 2, stream=(0,))
     with pytest.raises(PublicationError, match="take over weight version 1"):
