@@ -77,7 +77,8 @@ class Ranks:
         it together."""
         if self.host_group is None:
             return self
-        return Ranks(self.rank, self.size, dist.new_group(backend="gloo", timeout=_LONGEST_WRITE))  # type: ignore
+        group: Any = dist.new_group(backend="gloo", timeout=_LONGEST_WRITE)
+        return Ranks(self.rank, self.size, group)
 
     def barrier(self) -> None:
         """Waits until all ranks are here."""

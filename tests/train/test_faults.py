@@ -58,6 +58,8 @@ class Runs:
         )
 
     def _ask(self, **order):
+        assert self.server.stdin is not None
+        assert self.server.stdout is not None
         self.server.stdin.write(json.dumps(order) + "\n")
         self.server.stdin.flush()
         return json.loads(self.server.stdout.readline())

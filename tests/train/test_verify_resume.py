@@ -12,7 +12,7 @@ import pytest
 import torch
 import yaml
 from rich.console import Console
-from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
+from torch.distributed.checkpoint import FileSystemReader, state_dict_loader, state_dict_saver
 
 from entrocraft.train.config import Config
 from entrocraft.train.config_engine import EngineConfig
@@ -108,7 +108,8 @@ def test_one_changed_number_is_named_with_its_step(copies):
     assert list(found) == ["metrics.jsonl"]
     assert found["metrics.jsonl"].startswith(f"step 4, entropy: {entropy!r} and ")
     (resumed / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows[:3]))
-    assert "2 rows and 1; the first one too many is of step 4" in compare_records(whole, resumed, after=2)[0].difference
+    told = compare_records(whole, resumed, after=2)[0].difference
+    assert told == "2 rows and 1; the first one too many is of step 4"
 
 
 def test_a_difference_is_a_verdict_with_the_first_one_named(copies, capsys):
@@ -117,13 +118,14 @@ def test_a_difference_is_a_verdict_with_the_first_one_named(copies, capsys):
     rows[2]["grad_norm"] += 1.0
     rows[3]["reward"] = 7.0
     (resumed / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    console = Console(file=io.StringIO(), width=200)
+    table = io.StringIO()
+    console = Console(file=table, width=200)
     assert judge(Config(), whole, resumed, 4, 1, console)  # exit status 1
     told = capsys.readouterr().err
     assert "resume NOT verified. First difference" in told
     assert "metrics.jsonl, steps above 2: step 3, grad_norm: " in told
     assert "reward: 7" not in told
-    assert console.file.getvalue().count("DIFFERS") == 1
+    assert table.getvalue().count("DIFFERS") == 1
     (resumed.parent / "resumed.rank0.log").write_text("training from the start\n")
     with pytest.raises(TrainingStopped, match="did not go on from its checkpoint of step 2"):
         judge(Config(), whole, resumed, 4, 1, console)
@@ -133,7 +135,7 @@ def test_a_difference_is_a_verdict_with_the_first_one_named(copies, capsys):
 def test_one_changed_bit_in_a_checkpoint_is_named(copies, prefix):
     one, other = (run / "checkpoints" / "step_000004" for run in copies)
     assert differences(compare_checkpoints(one, other)) == {}
-    stored = torch.distributed.checkpoint.FileSystemReader(other).read_metadata().state_dict_metadata
+    stored = FileSystemReader(other).read_metadata().state_dict_metadata
     tensors = {n: torch.empty(m.size, dtype=m.properties.dtype) for n, m in stored.items() if hasattr(m, "size")}
     tensors |= {name: 0 for name in stored if name not in tensors}
     state_dict_loader.load(tensors, checkpoint_id=other, no_dist=True)
