@@ -27,6 +27,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+
 from entrocraft import Rollouts
 from entrocraft.train.config import Config, ModelConfig
 from entrocraft.train.config_reader import load_config
