@@ -149,7 +149,7 @@ def _update(sizes: Sizes) -> list[dict[str, int]]:
 
 def _optimizing(sizes: Sizes) -> dict[str, int]:
     """AdamW's own temporaries: of all parameters at once where they are plain CUDA tensors, else of one at a time."""
-    largest = max(held.nbytes for held in sizes.held)
+    largest = max((held.nbytes for held in sizes.held if held.kind == "gradients"), default=0)
     everything = sizes.device.type == "cuda" and not sizes.sharded
     return {"temporaries": 0 if sizes.offloaded else sizes.held_bytes("gradients") if everything else 2 * largest}
 

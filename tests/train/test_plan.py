@@ -260,6 +260,8 @@ def test_adapters_have_the_only_gradients():
     assert 0 < plan.trained < plan.parameters / 2
     update = next(phase for phase in plan.phases if phase.name == "update").parts
     assert update["gradients"] == 4 * plan.trained
+    made_by_adam = next(phase for phase in plan.phases if phase.name == "optimizer").parts["temporaries"]
+    assert made_by_adam <= 4 * plan.trained  # frozen weights have no part in it
 
 
 def test_command(capsys, tmp_path):
