@@ -18,7 +18,7 @@ import sys
 import time
 import warnings
 from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
@@ -43,6 +44,7 @@ from entrocraft.train.checkpoint_files import (
     mark_whole,
     os_error,
 )
+from entrocraft.train.deadline import Caller
 from entrocraft.train.durable_files import sync, write_text
 from entrocraft.train.errors import TrainingStopped
 from entrocraft.train.parallel import Ranks
@@ -67,7 +69,7 @@ class CheckpointFolder:
     """The checkpoints of one run, in `run_dir/checkpoints/step_000123`.
 
     keep: how many of the newest are kept. best: whether the one with the greatest `value` is kept as well.
-    asynchronous: whether `save` returns while a thread still writes.
+    asynchronous: whether `save` returns while a thread still writes. patience_s: how long `close` waits for it.
     """
 
     def __init__(
@@ -78,6 +80,7 @@ class CheckpointFolder:
         ranks: Ranks | None = None,
         best: bool = False,
         asynchronous: bool = False,
+        patience_s: float = 600.0,
     ) -> None:
         self.root = run_dir / "checkpoints"
         self.keep = keep
@@ -85,7 +88,8 @@ class CheckpointFolder:
         self.ranks = ranks or Ranks()
         self.damaged: dict[Path, str] = {}
         """Folders with a mark whose content is not what was written, and what is wrong: found when loading."""
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint") if asynchronous else None
+        self.patience_s = patience_s
+        self._caller = Caller("the trainer", "the writing of checkpoints") if asynchronous else None
         self._writers = self.ranks.another() if asynchronous else self.ranks
         self._pending: Future[None] | None = None
 
@@ -142,11 +146,11 @@ class CheckpointFolder:
         }
         text = json.dumps({**state, **own}, indent=1)  # now: the state goes on changing while a thread writes
         tensors = self._tensors(model, optimizer, used, self.ranks.size)
-        if self._thread is None:
+        if self._caller is None:
             self._write(aside, place, tensors, text)
         else:
             copy = in_host_memory(tensors)
-            self._pending = self._thread.submit(self._write, aside, place, copy, text)
+            self._pending = self._caller.start(lambda: self._write(aside, place, copy, text))
         return place
 
     @property
@@ -161,13 +165,17 @@ class CheckpointFolder:
             pending.result()
 
     def close(self) -> None:
-        """Waits for the last checkpoint; a failure that nobody asked for is told, as another may be on its way."""
+        """Waits for the last checkpoint, but not for ever: another process, without which it cannot be finished, may be
+        what ended the run. Trouble is told, not raised, as an exception may be on its way."""
+        pending, self._pending = self._pending, None
         try:
-            self.wait()
-        except TrainingStopped as failure:
+            failure = None if pending is None else pending.exception(self.patience_s)
+        except TimeoutError:
+            failure = f"a checkpoint was not written within {self.patience_s:g} s"
+        if failure is not None:
             print(f"warning: {failure}", file=sys.stderr)
-        if self._thread is not None:
-            self._thread.shutdown()
+        if self._caller is not None:
+            self._caller.close()
 
     def _write(self, aside: Path, place: Path, tensors: dict[str, Any], state: str) -> None:
         ranks = self._writers
@@ -179,11 +187,15 @@ class CheckpointFolder:
             names = sorted(file.name for file in aside.iterdir())
             ranks.barrier()  # until all have looked
             content = digests(aside, names, ranks)
+            if not all(content.values()):
+                raise OSError(f"{sorted(n for n in content if not content[n])} cannot be read back")
             if ranks.main:
                 self._finish(aside, place, state, content)
         except BaseException as error:
             shutil.rmtree(aside, ignore_errors=True)
             complaint = os_error(error)
+            if complaint is None and isinstance(error, CheckpointException):  # not an Exception: it would pass by all
+                raise RuntimeError(f"the checkpoint {place} could not be written: {error}") from error
             if complaint is None:
                 raise
             trouble = f"{type(complaint).__name__}: {complaint}"

@@ -118,7 +118,7 @@ def value_of(name: str, row: Mapping[str, Any], *, evaluated: bool) -> float | N
         return None if not isinstance(value, int | float) or value != value else -value if plain != name else value
     if evaluated or not plain.startswith("eval"):
         raise ValueError(
-            f"checkpoint.best = {name!r}: a step has no such metric; it has {', '.join(sorted(row))}. Nothing is lost: "
-            "go on with --resume auto and another name"
+            f"checkpoint.best = {name!r}: a step has no such metric; it has {', '.join(sorted(row))}. Go on "
+            "with --resume auto and one of these"
         )
     return None

@@ -14,7 +14,9 @@ from __future__ import annotations
 
 import argparse
 import json
+import zlib
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -25,15 +27,22 @@ from rich.table import Table
 from entrocraft.train.config import Config
 from entrocraft.train.config_evaluation import ks
 from entrocraft.train.config_reader import load_config, to_dict
+from entrocraft.train.engines import build_engine
 from entrocraft.train.eval_figure import plot_pass_at_k
 from entrocraft.train.eval_record import Record
 from entrocraft.train.eval_statistics import summarise
 from entrocraft.train.evaluation import evaluate, spread_out
 from entrocraft.train.policy import Policy, choose_device
-from entrocraft.train.problem_sets import load_held_out
+from entrocraft.train.problem_sets import DEFAULT_SET, load_held_out
 from entrocraft.train.rewards import RewardPool
 from entrocraft.train.run import EVALUATE
-from entrocraft.train.sampling import HuggingFaceEngine
+
+# Settings of `data` that say how a held-out set is read: any, and that of `data.eval`.
+_READING = (
+    *("prompt_field", "answer_field", "answer_pattern", "prompt_template"),
+    *("chat_template", "max_prompt_tokens", "on_long", "on_missing"),
+)
+_READING_DEFAULT = ("eval", "eval_split", "subset", "revision", "system", "limit")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -84,7 +93,9 @@ def _identity(config: Config, seed: int, name: str) -> dict[str, Any]:
     folder = Path(config.model.path).expanduser()
     files = {p.name: [p.stat().st_size, p.stat().st_mtime_ns] for p in sorted(folder.glob("*.safetensors"))}
     settings = to_dict(config)
-    groups = {key: settings[key] for key in ("data", "evaluation", "reward", "sampling", "model")}
+    groups = {key: settings[key] for key in ("evaluation", "reward", "sampling", "model")}
+    read = (*_READING, *_READING_DEFAULT) if name == DEFAULT_SET else _READING
+    groups["data"] = {key: settings["data"][key] for key in read}
     for unread in ("pass_at", "bootstrap", "every", "at_prompts", "saved_samples", "saved_samples_every"):
         del groups["evaluation"][unread]
     groups["evaluation"]["sets"] = {name: groups["evaluation"]["sets"].get(name)}
@@ -120,7 +131,6 @@ def run_evaluation(config: Config, out: Path, *, seed: int, only: Sequence[str],
     policy = Policy.load(
         config.model, temperature=config.sampling.temperature, device=choose_device(config.device), seed=config.seed
     )
-    engine = HuggingFaceEngine(policy.model, config.sampling, eos_ids=policy.eos_ids, pad_id=policy.pad_id)
     held_out = load_held_out(config, policy.tokenizer, context=policy.context)
     names = [held.name for held in held_out]
     if not names:
@@ -130,14 +140,15 @@ def run_evaluation(config: Config, out: Path, *, seed: int, only: Sequence[str],
     if unknown := sorted(set(only) - set(names)):
         raise ValueError(f"--set {unknown[0]}: no such set; there are {names}")
     summaries: dict[str, Any] = {}
-    with RewardPool.of(config.reward) as pool:
-        for number, held in enumerate(held_out):
+    with RewardPool.of(config.reward) as pool, closing(build_engine(config, policy)) as engine:
+        engine.publish(0)
+        for held in held_out:
             if only and held.name not in only:
                 continue
             with Record(out, held.name, _identity(config, seed, held.name), again=again) as record:
-                batches = evaluate(
-                    policy, engine, held, pool, config, stream=(seed, EVALUATE, number), first=len(record.outcomes)
-                )
+                # By its name, so that the random numbers of a set do not depend on which others there are.
+                stream = (seed, EVALUATE, zlib.crc32(held.name.encode()))
+                batches = evaluate(policy, engine, held, pool, config, stream=stream, first=len(record.outcomes))
                 for outcomes, samples in batches:
                     record.add(outcomes, spread_out(samples, config.evaluation.saved_samples))
             pass_at = ks(held.samples, config.evaluation.pass_at)

@@ -117,11 +117,15 @@ class Ranks:
         store = None if {"RANK", "MASTER_ADDR"} <= os.environ.keys() else dist.HashStore()  # pyright: ignore[reportPrivateImportUsage]
         place = {} if store is None else {"store": store, "rank": rank, "world_size": size}
         dist.init_process_group(backend, timeout=limit, **place)
+        host: Any = dist.new_group(backend="gloo", timeout=limit) if size > 1 else None
         try:
-            host: Any = dist.new_group(backend="gloo", timeout=limit) if size > 1 else None
             yield Ranks(rank, size, host)
-        finally:
-            dist.destroy_process_group()
+        except BaseException:
+            # Others may be waiting for this rank, and nccl for them: leaving ends the process, and torchrun the others.
+            if size == 1:
+                dist.destroy_process_group()
+            raise
+        dist.destroy_process_group()
 
 
 def local_device(device: torch.device) -> torch.device:

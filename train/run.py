@@ -56,6 +56,7 @@ class Run:
             ranks=self.ranks,
             best=bool(config.checkpoint.best),
             asynchronous=config.checkpoint.asynchronous,
+            patience_s=config.parallel.timeout_s,
         )
         self.folder = RunFolder(config, self.ranks)
         self.folder.refuse_or_compare(self.checkpoints)
@@ -158,9 +159,14 @@ class Run:
         self.checkpoints.close()
         self.folder.release()
 
-    def save(self, row: Mapping[str, Any] | None = None) -> Path:
-        """Writes a checkpoint of the present state; `row` are the step's metrics, in which `checkpoint.best` is looked
-        up."""
+    def value(self, row: Mapping[str, Any]) -> float | None:
+        """How good the present step is by `checkpoint.best`, from its metrics. ValueError for a name they should have
+        and do not."""
+        best = self.config.checkpoint.best
+        return value_of(best, row, evaluated=self.evaluation_due()) if best else None
+
+    def save(self, value: float | None = None) -> Path:
+        """Writes a checkpoint of the present state."""
         state: dict[str, Any] = {
             "samples": self.samples,
             "bad_in_a_row": self.bad_in_a_row,
@@ -172,9 +178,6 @@ class Run:
             "last_direction": self.last_direction,
             "waves": None if self.waves is None else self.waves.state_dict(),
         }
-        best, value = self.config.checkpoint.best, None
-        if best and row is not None:
-            value = value_of(best, row, evaluated=self.evaluation_due())
         return self.checkpoints.save(self.step, self.policy.model, self.optimizer, state, value)
 
     def set_learning_rate(self) -> float:

@@ -36,7 +36,7 @@ def differences(fused: TokenStats, reference: TokenStats) -> dict[str, float]:
     found = {}
     for name in _NAMES:
         a, b = getattr(fused, name).double().cpu(), getattr(reference, name).double().cpu()
-        apart = torch.where(a == b, 0.0, (a - b).abs()).nan_to_num(nan=torch.inf)
+        apart = torch.where(a == b, 0.0, (a - b).abs()).nan_to_num(nan=torch.inf, posinf=torch.inf)
         found[name] = float(apart.max())
     return found
 

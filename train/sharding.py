@@ -197,7 +197,7 @@ def clip_gradients(model: nn.Module, limit: float, ranks: Ranks) -> float:
     squares: list[Tensor] = []
     for gradient in gradients:
         local, copies = _local_and_copies(gradient, ranks.size)
-        squares.append(torch.linalg.vector_norm(local.float()).double().square().cpu() / copies)
+        squares.append(torch.linalg.vector_norm(local.float()).double().square() / copies)
     norm = math.sqrt(ranks.totals({"square": float(torch.stack(squares).sum()) if squares else 0.0})["square"])
     if math.isfinite(norm) and norm > limit:
         for gradient in gradients:

@@ -87,13 +87,15 @@ def train(run: Run, pool: Grader, log: MetricsLog, progress: Progress, interrupt
         row = train_step(run, pool, log, progress.print)
         if run.evaluation_due():
             row |= evaluate_run(run, pool, log, (config.seed, EVALUATE, run.step))
+        value = run.value(row)
         log.log(run.step, row)
         progress.update(run.step, row)
         if run.bad_in_a_row >= config.optimizer.max_bad_steps:
+            log.sync()
             run.stop_for_bad_steps()
         if run.step % config.checkpoint.every == 0 or run.step == config.optimizer.steps:
             log.sync()
-            run.save(row)
+            run.save(value)
             saved = run.step
     if run.step > saved:
         log.sync()

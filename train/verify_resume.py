@@ -89,7 +89,7 @@ def verify(argv: Sequence[str], console: Console | None = None) -> int:
         ranks.barrier()
         console.print(f"training again from step {steps // 2}, in as many fresh processes ({ranks.size})")
         _train(ranks, resumed, [*arguments, *half, "--resume=auto"])
-        failed = ranks.main and _judge(config, whole, resumed, steps, ranks.size, console)
+        failed = ranks.main and judge(config, whole, resumed, steps, ranks.size, console)
         return int(ranks.from_main(failed))
 
 
@@ -137,8 +137,11 @@ def _hand_over(whole: Path, resumed: Path, step: int) -> None:
             shutil.copy(record, resumed / record.name)
 
 
-def _judge(config: Config, whole: Path, resumed: Path, steps: int, processes: int, console: Console) -> bool:
-    """Prints what was compared; whether something differs."""
+def judge(config: Config, whole: Path, resumed: Path, steps: int, processes: int, console: Console) -> bool:
+    """Prints what was compared between two runs of so many steps and processes; whether something differs.
+
+    Raises TrainingStopped when the second did not begin at its checkpoint.
+    """
     log = resumed.with_name(f"{resumed.name}.rank0.log").read_text(errors="replace")
     if f"resuming after step {steps // 2}" not in log:
         raise TrainingStopped(f"{resumed} did not go on from its checkpoint of step {steps // 2}: {log[-500:]}")

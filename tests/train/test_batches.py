@@ -56,6 +56,7 @@ def rows(name, *arguments, steps=2):
     run = Run(load_config(["--config=run.yaml", f"--run_dir={name}", "--resume=auto", *arguments]))
     resumed = run.resume()
     run.begin(resumed)
+    run.engine.publish(run.step)
     made = []
     with (
         RewardPool(run.config.reward.name, workers=0, timeout_s=1.0) as pool,

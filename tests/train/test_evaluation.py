@@ -196,6 +196,9 @@ def test_results_of_other_settings_are_not_mixed(work):
     with pytest.raises(ValueError, match=r"evaluation\.temperature: 1\.0 -> 0\.5"):
         command(*common, "--temperature=0.5")
     before = (work / "out" / "other.jsonl").read_text()
+    for elsewhere in (f"--data={work / 'train.jsonl'}", "--evaluation.pass_at=[2]", "--reward.workers=1"):
+        command(*common, elsewhere)  # settings that are none of this set's
+    assert (work / "out" / "other.jsonl").read_text() == before
     command(*common, "--seed=1", "--again")
     assert (work / "out" / "other.jsonl.before").read_text() == before
     assert (work / "out" / "other.jsonl").read_text() != before

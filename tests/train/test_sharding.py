@@ -1,5 +1,6 @@
 """Real processes with gloo: shards train as one process does, whichever way they are cut, saved and read back."""
 
+import fcntl
 import importlib.util
 import os
 import subprocess
@@ -28,8 +29,23 @@ PROMPTS = [(5, 6, 7), (9, 10), (30, 31, 32, 33), (8,)]
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
+    """Where models, a batch and what every rank of 1, 2 and 4 got are: made once, also for several test processes."""
+    shared = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        shared = shared.parent
+    place, done = shared / "shards", shared / "shards.done"
+    with (shared / "shards.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not done.exists():
+            make_models_and_batch(place)
+            run_worlds(place)
+            done.touch()
+    return place
+
+
+def make_models_and_batch(place):
     """Two models on disk, and a batch of ragged rollouts with a decision that rejects some."""
-    place = tmp_path_factory.mktemp("shards")
+    place.mkdir(exist_ok=True)
     for name in ("tied", "untied"):
         shape = TinyModelConfig(hidden_size=32, layers=2, heads=2, mlp_size=64, context=64, tied=name == "tied")
         model, tokenizer = build_tiny_model(shape, 0)
@@ -58,17 +74,20 @@ def folder(tmp_path_factory):
         },
     }
     torch.save(batch, place / "batch.pt")
-    return place
+
+
+def run_worlds(place):
+    """One rank, then two, then four; the later ones read the first's checkpoint."""
+    command = [sys.executable, "-P", str(SCRIPT), str(place), "1", "2", "4"]
+    done = subprocess.run(
+        command, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=400
+    )
+    assert done.returncode == 0, done.stderr[-5000:]
 
 
 @pytest.fixture(scope="module")
 def worlds(folder):
-    """What every rank of 1, 2 and 4 got; worlds run one after the other, the later ones read the first's checkpoint."""
-    command = [sys.executable, "-P", str(SCRIPT), str(folder), "1", "2", "4"]
-    done = subprocess.run(
-        command, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=280
-    )
-    assert done.returncode == 0, done.stderr[-5000:]
+    """What every rank of 1, 2 and 4 got."""
     return {
         world: [torch.load(folder / f"rank{rank}_of_{world}.pt", weights_only=True) for rank in range(world)]
         for world in (1, 2, 4)

@@ -347,6 +347,18 @@ def test_no_verdict_at_all_stops_the_run_with_a_checkpoint(work):
     assert (work / "run" / "report.html").exists()
 
 
+def test_the_record_is_on_the_disk_before_the_checkpoint_that_needs_it(work, monkeypatch):
+    order, fsync = [], os.fsync
+
+    def watched(descriptor):
+        order.append(Path(f"/proc/self/fd/{descriptor}").resolve().name)
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", watched)
+    here(work, "--optimizer.steps=3")
+    assert order.index("metrics.jsonl") < order.index("COMPLETE.json") < order.index("checkpoints")
+
+
 def test_real_problems_through_the_shipped_configuration(work):
     """GSM8K's fields and marks, graded by math-verify in worker processes, with a long problem that is dropped."""
     rows_in = [

@@ -1,5 +1,6 @@
 """`train.py --verify-resume` in real processes, one and two; and what it says of runs that are not the same."""
 
+import io
 import json
 import os
 import shutil
@@ -10,27 +11,22 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from rich.console import Console
 from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
 
 from entrocraft.train.config import Config
 from entrocraft.train.config_engine import EngineConfig
+from entrocraft.train.errors import TrainingStopped
 from entrocraft.train.run_difference import compare_checkpoints, compare_records, compare_statistically
-from entrocraft.train.verify_resume import asked_for, exactness, parse
+from entrocraft.train.verify_resume import asked_for, exactness, judge, parse
 
 SCRIPT = Path(__file__).resolve().parents[2] / "train" / "train.py"
 TORCHRUN = ("-P", "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
 
 
-def verified(work, *launcher, reward="odd"):
+def verified(work, *launcher):
     """The command in a process of its own."""
-    text = """seen = 0
-def odd(completion, answer, prompt): return float(len(completion) % 2)
-def counted(completion, answer, prompt):
-    global seen
-    seen += 1
-    return float((len(completion) + seen // 7) % 2)
-"""
-    (work / "my_rewards.py").write_text(text)
+    (work / "my_rewards.py").write_text("def odd(completion, answer, prompt): return float(len(completion) % 2)\n")
     problems = [{"prompt": f"{i} plus {i} is", "answer": str(i)} for i in range(12)]
     (work / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in problems))
     config = {
@@ -40,7 +36,7 @@ def counted(completion, answer, prompt):
         "data": {"train": "train.jsonl", "eval": "train.jsonl"},
         "batch": {"prompts_per_step": 5, "samples_per_prompt": 4, "tokens_per_microbatch": 64},
         "sampling": {"max_response_tokens": 6},
-        "reward": {"name": f"my_rewards:{reward}", "workers": 0},
+        "reward": {"name": "my_rewards:odd", "workers": 0},
         "entropy": {"rule": "budget", "schedule": {"start": "measured", "end": 5.0}},
         "optimizer": {"steps": 1000, "lr": 0.01},
         "evaluation": {"every": 2, "samples": 2},
@@ -52,7 +48,7 @@ def counted(completion, answer, prompt):
         cwd=work,
         capture_output=True,
         text=True,
-        timeout=200,
+        timeout=400,
     )
 
 
@@ -89,15 +85,6 @@ def test_two_processes_go_on_bit_for_bit(tmp_path):
     assert "2 process(es), exact: " in done.stdout
 
 
-def test_a_reward_that_remembers_is_found_out(tmp_path):
-    done = verified(tmp_path, reward="counted")
-    assert done.returncode == 1, done.stdout + done.stderr
-    assert "resume NOT verified" in done.stderr
-    assert "metrics.jsonl, steps above 2: step 3, " in done.stderr
-    assert "final weights" in done.stdout
-    assert "DIFFERS" in done.stdout
-
-
 @pytest.fixture
 def copies(runs, tmp_path):
     """The same two runs, to be tampered with."""
@@ -122,6 +109,24 @@ def test_one_changed_number_is_named_with_its_step(copies):
     assert found["metrics.jsonl"].startswith(f"step 4, entropy: {entropy!r} and ")
     (resumed / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows[:3]))
     assert "2 rows and 1; the first one too many is of step 4" in compare_records(whole, resumed, after=2)[0].difference
+
+
+def test_a_difference_is_a_verdict_with_the_first_one_named(copies, capsys):
+    whole, resumed = copies
+    rows = [json.loads(line) for line in (resumed / "metrics.jsonl").read_text().splitlines()]
+    rows[2]["grad_norm"] += 1.0
+    rows[3]["reward"] = 7.0
+    (resumed / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    console = Console(file=io.StringIO(), width=200)
+    assert judge(Config(), whole, resumed, 4, 1, console)  # exit status 1
+    told = capsys.readouterr().err
+    assert "resume NOT verified. First difference" in told
+    assert "metrics.jsonl, steps above 2: step 3, grad_norm: " in told
+    assert "reward: 7" not in told
+    assert console.file.getvalue().count("DIFFERS") == 1
+    (resumed.parent / "resumed.rank0.log").write_text("training from the start\n")
+    with pytest.raises(TrainingStopped, match="did not go on from its checkpoint of step 2"):
+        judge(Config(), whole, resumed, 4, 1, console)
 
 
 @pytest.mark.parametrize("prefix", ["model.", "optimizer.state.", "torch_rng_0"])
