@@ -27,13 +27,12 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from transformers import AutoConfig
 
 from entrocraft import Rollouts
-from entrocraft.train.config import Config
+from entrocraft.train.config import Config, ModelConfig
 from entrocraft.train.config_reader import load_config
 from entrocraft.train.demo import provenance
-from entrocraft.train.model_shapes import SHAPES
+from entrocraft.train.model_shapes import SHAPES, meta_model, model_shape
 from entrocraft.train.packing import pack
 from entrocraft.train.parallel import Ranks
 from entrocraft.train.plan import make_plan
@@ -89,16 +88,10 @@ class Step:
     """A policy on some ranks, of which this process is the first, and what is timed of it."""
 
     def __init__(self, size: str, device: torch.device, ranks: int) -> None:
-        from transformers import AutoModelForCausalLM
-
         shape, self.length, self.sequences = SIZES[size]
         self.size, self.device, self.ranks = size, device, ranks
-        values = dict(shape)
         torch.manual_seed(0)
-        with torch.device("meta"):
-            model: Any = AutoModelForCausalLM.from_config(
-                AutoConfig.for_model(values.pop("model_type"), **values), dtype=torch.float32
-            )
+        model = meta_model(model_shape(ModelConfig(), json.dumps(shape))[0])
         model.gradient_checkpointing_enable()
         config = settings(size, self.sequences, device.type)
         shard_model(model, config.parallel, build_mesh(device, ranks, None), torch.bfloat16)
@@ -137,7 +130,9 @@ class Step:
         """Seconds, tokens per second, MFU and peak of `score` or `update`, after one round to warm up."""
         run, forwards = (self.score, 1) if name == "score" else (self.update, 2 * 3)
         run(rollouts)
-        self._fresh_peak()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
         taken = []
         for _ in range(rounds):
             begun = time.perf_counter()
@@ -155,11 +150,6 @@ class Step:
             "mfu": None if peak is None else flops / seconds / peak,
             "peak_gb": self._peak() / 1e9,
         }
-
-    def _fresh_peak(self) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()
-            torch.cuda.reset_peak_memory_stats()
 
     def _peak(self) -> int:
         return torch.cuda.max_memory_allocated() if self.device.type == "cuda" else resident_bytes()
@@ -303,5 +293,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    # `train/` and the root must not be importable as top-level packages; the script's own folder is no package.
     sys.exit(main())

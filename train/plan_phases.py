@@ -79,8 +79,8 @@ def _gathered(sizes: Sizes, *, whole: bool = False) -> dict[str, int]:
     every = whole or not sizes.config.parallel.reshard_after_forward
     within = sum(sizes.block_sizes) if every else sum(sorted(sizes.block_sizes)[-2:])
     outside = sizes.total - sum(sizes.block_sizes)
-    if _by_vocabulary(sizes) and not whole:
-        outside -= sizes.V * sizes.H
+    if _by_vocabulary(sizes) and not whole:  # its own rows, cast for the time
+        outside += (-(-sizes.V // sizes.shards) - sizes.V) * sizes.H
     return {"gathered weights": sizes.item * (within + outside)}
 
 
@@ -105,7 +105,7 @@ def _scoring(sizes: Sizes) -> dict[str, int]:
 
 def _reference(sizes: Sizes) -> dict[str, int]:
     """A second model that scores: what it holds beside the first's resident part. FSDP keeps the policy's root."""
-    offload = sizes.config.reference.offload
+    offload = sizes.config.reference.offload or sizes.offloaded
     gathered = _gathered(sizes).get("gathered weights", 0)
     return {
         "gathered weights": 2 * gathered,
@@ -149,7 +149,7 @@ def _update(sizes: Sizes) -> list[dict[str, int]]:
 
 def _optimizing(sizes: Sizes) -> dict[str, int]:
     """AdamW's own temporaries: of all parameters at once where they are plain CUDA tensors, else of one at a time."""
-    largest = max(held.nbytes for held in sizes.held)
+    largest = max((held.nbytes for held in sizes.held if held.kind == "gradients"), default=0)
     everything = sizes.device.type == "cuda" and not sizes.sharded
     return {"temporaries": 0 if sizes.offloaded else sizes.held_bytes("gradients") if everything else 2 * largest}
 

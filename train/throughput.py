@@ -24,8 +24,8 @@ from entrocraft.train.sharding import blocks
 
 # Dense bf16 tensor-core FLOP/s, from NVIDIA's data sheets, by what a device's name holds. The first that fits.
 PEAKS = (
-    ("B200", 2250e12),
     ("GB200", 2500e12),
+    ("B200", 2250e12),
     ("H100 NVL", 835e12),
     ("H100 PCIe", 756e12),
     ("H100", 989e12),

@@ -241,6 +241,15 @@ def test_vllm_reference_and_hsdp():
     assert reference.phases[1].parts["reference"] == reference.phases[1].parts["weights"]
     hsdp = plan("--parallel.shard_ranks=8", "--engine.name=vllm_server")
     assert hsdp.phases[0].parts["weights"] == 2 * reference.phases[0].parts["weights"]
+    by_vocabulary = plan("--parallel.vocab_parallel_head=true", "--engine.name=vllm_server")
+    plain = plan("--engine.name=vllm_server")
+    V, H = 151_936, 4096
+    less = [p.phases[1].parts["gathered weights"] for p in (plain, by_vocabulary)]
+    assert less[0] - less[1] == 2 * V * H * 15 // 16  # its own rows of the head alone
+    assert by_vocabulary.phases[1].parts["hidden rows"] == 17 * plain.phases[1].parts["hidden rows"]
+    offloaded = plan("--reference.kl_coefficient=0.01", "--parallel.cpu_offload=true", "--engine.name=vllm_server")
+    assert all("reference" not in phase.parts and "weights" not in phase.parts for phase in offloaded.phases)
+    assert offloaded.host_bytes == sum(plain.phases[2].parts[name] for name in ("weights", "optimizer", "gradients"))
     with pytest.raises(ValueError, match=r"parallel.shard_ranks = 5.*divisor of --world-size = 16"):
         plan("--parallel.shard_ranks=5")
 
@@ -251,6 +260,8 @@ def test_adapters_have_the_only_gradients():
     assert 0 < plan.trained < plan.parameters / 2
     update = next(phase for phase in plan.phases if phase.name == "update").parts
     assert update["gradients"] == 4 * plan.trained
+    made_by_adam = next(phase for phase in plan.phases if phase.name == "optimizer").parts["temporaries"]
+    assert made_by_adam <= 4 * plan.trained  # frozen weights have no part in it
 
 
 def test_command(capsys, tmp_path):
