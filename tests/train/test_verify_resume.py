@@ -12,7 +12,8 @@ import pytest
 import torch
 import yaml
 from rich.console import Console
-from torch.distributed.checkpoint import FileSystemReader, state_dict_loader, state_dict_saver
+from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
+from torch.distributed.checkpoint.filesystem import FileSystemReader
 
 from entrocraft.train.config import Config
 from entrocraft.train.config_engine import EngineConfig
