@@ -12,7 +12,8 @@ import pytest
 import torch
 import yaml
 from rich.console import Console
-from torch.distributed.checkpoint import FileSystemReader, state_dict_loader, state_dict_saver
+from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
+from torch.distributed.checkpoint.filesystem import FileSystemReader
 
 from entrocraft.train.config import Config
 from entrocraft.train.config_engine import EngineConfig
@@ -131,6 +132,7 @@ def test_a_difference_is_a_verdict_with_the_first_one_named(copies, capsys):
         judge(Config(), whole, resumed, 4, 1, console)
 
 
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled", "ignore:Detected an existing checkpoint")
 @pytest.mark.parametrize("prefix", ["model.", "optimizer.state.", "torch_rng_0"])
 def test_one_changed_bit_in_a_checkpoint_is_named(copies, prefix):
     one, other = (run / "checkpoints" / "step_000004" for run in copies)
