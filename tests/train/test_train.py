@@ -232,10 +232,8 @@ def test_nan_in_hidden_skips_that_step_and_the_next_one_learns(work, monkeypatch
         return torch.cat([p.detach().flatten() for p in training.policy.model.parameters()])
 
     seen, moved, said = [], [], []
-    with (
-        RewardPool("my_rewards:odd", workers=0, timeout_s=1.0) as pool,
-        MetricsLog(training.dir, resume_step=None) as log,
-    ):
+    pool = RewardPool("my_rewards:odd", workers=0, timeout_s=1.0)
+    with pool, MetricsLog(training.dir, resume_step=None) as log:
         for step in (1, 2, 3):
             training.step, before = step, weights()
             with monkeypatch.context() as patch:

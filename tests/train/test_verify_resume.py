@@ -66,7 +66,7 @@ def test_one_process_goes_on_bit_for_bit(runs):
     folder, told = runs
     assert "1 process(es), exact: " in told
     assert "resume verified, " in told
-    assert "without seconds, seconds_publish" in told
+    assert "seconds_publish" in told  # left out, like all that depends on the clock
     assert "DIFFERS" not in told
     counts = {line.split("│")[1].strip(): int(line.split("│")[2]) for line in told.splitlines() if "equal" in line}
     (metrics,) = [count for name, count in counts.items() if name.startswith("metrics.jsonl")]
