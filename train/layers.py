@@ -26,7 +26,9 @@ def use_liger(policy: Policy, config: ModelConfig, prompt: Sequence[int]) -> boo
         return False
     if obstacle:
         raise ValueError(f"model.liger = 'on': {obstacle}; leave it out, or set it to 'auto'")
-    from liger_kernel.transformers import _apply_liger_kernel_to_instance
+    from liger_kernel.transformers import (  # pyright: ignore[reportMissingImports]
+        _apply_liger_kernel_to_instance,
+    )
 
     before = policy.hidden_of(prompt)
     _apply_liger_kernel_to_instance(model=policy.model, cross_entropy=False, fused_linear_cross_entropy=False)
@@ -45,7 +47,9 @@ def _liger_obstacle(device: torch.device, model_type: str) -> str | None:
         return "liger-kernel is not installed (pip install 'entrocraft[liger]')"
     if device.type != "cuda":
         return f"its layers need CUDA and the model is on {device.type}"
-    from liger_kernel.transformers.monkey_patch import MODEL_TYPE_TO_APPLY_LIGER_FN
+    from liger_kernel.transformers.monkey_patch import (  # pyright: ignore[reportMissingImports]
+        MODEL_TYPE_TO_APPLY_LIGER_FN,
+    )
 
     return None if model_type in MODEL_TYPE_TO_APPLY_LIGER_FN else f"it does not know models of type {model_type!r}"
 

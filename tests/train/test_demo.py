@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 import random
+from typing import Any
 
 import pytest
 import torch
@@ -125,5 +126,5 @@ def test_the_gpu_recipe_runs_with_a_vocabulary_of_its_own(tmp_path):
     saved = AutoTokenizer.from_pretrained(next((tmp_path / "models").glob("warm_start*")))
     assert saved.decode(saved.encode("47=12+35"), skip_special_tokens=True) == "47=12+35"
     assert saved.encode("4", add_special_tokens=True)[-1:] == [saved.eos_token_id]
-    model = AutoModelForCausalLM.from_pretrained(tmp_path / "budget" / "model")
+    model: Any = AutoModelForCausalLM.from_pretrained(tmp_path / "budget" / "model")
     assert model.get_output_embeddings().weight.shape[0] == len(saved) == 300

@@ -86,10 +86,11 @@ def finished(tmp_path, monkeypatch):
     run = Run(config)
     run.begin(None)
     with (
-        contextlib.closing(SimpleNamespace(close=run.end)),
+        contextlib.ExitStack() as at_the_end,
         RewardPool.of(config.reward) as pool,
         MetricsLog(run.dir, resume_step=None) as log,
     ):
+        at_the_end.callback(run.end)
         rows = []
         for run.step in (1, 2):
             rows.append(train_step(run, pool, log, print))

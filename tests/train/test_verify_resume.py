@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ import yaml
 from rich.console import Console
 from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
 from torch.distributed.checkpoint.filesystem import FileSystemReader
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from entrocraft.train.config import Config
 from entrocraft.train.config_engine import EngineConfig
@@ -138,8 +140,10 @@ def test_one_changed_bit_in_a_checkpoint_is_named(copies, prefix):
     one, other = (run / "checkpoints" / "step_000004" for run in copies)
     assert differences(compare_checkpoints(one, other)) == {}
     stored = FileSystemReader(other).read_metadata().state_dict_metadata
-    tensors = {n: torch.empty(m.size, dtype=m.properties.dtype) for n, m in stored.items() if hasattr(m, "size")}
-    tensors |= {name: 0 for name in stored if name not in tensors}
+    tensors: dict[str, Any] = {
+        n: torch.empty(m.size, dtype=m.properties.dtype) if isinstance(m, TensorStorageMetadata) else 0
+        for n, m in stored.items()
+    }
     state_dict_loader.load(tensors, checkpoint_id=other, no_dist=True)
     name = next(n for n, value in tensors.items() if n.startswith(prefix) and getattr(value, "numel", int)() > 1)
     tensors[name].view(torch.uint8).flatten()[0] ^= 1

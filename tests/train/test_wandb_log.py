@@ -6,6 +6,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from wandb.proto import wandb_internal_pb2
@@ -45,11 +46,15 @@ def scanned(file: Path) -> Iterator[bytes]:
             held = b""
 
 
-def whole(file: Path) -> list[wandb_internal_pb2.Record]:
+def record_of(data: bytes) -> Any:
+    return wandb_internal_pb2.Record.FromString(data)  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def whole(file: Path) -> list[Any]:
     """All records, once the last is there: W&B's own process writes a moment longer than `finish` waits."""
     begun = time.monotonic()
     while True:
-        found = [wandb_internal_pb2.Record.FromString(data) for data in scanned(file)]
+        found = [record_of(data) for data in scanned(file)]
         if found and found[-1].WhichOneof("record_type") == "exit":
             return found
         assert time.monotonic() - begun < 60, "the run's last record is not there"
