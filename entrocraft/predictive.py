@@ -58,8 +58,8 @@ class budget:
     `eq5`) what is kept weighs more than P(K) says, and the aim is missed.
 
     level: "sequence" rejects rollouts, "token" single tokens, which reaches further: the two signs are mixed within
-    most rollouts. max_weight: >= 1; at 1 nothing is weighed; at 4 jumps of the schedule are met sooner, at a price in
-    reward where entropy must rise. Entropy: as near to the schedule as first order and the
+    most rollouts. max_weight: >= 1; at 1 nothing is weighed. Experimental above 1: meant to meet jumps of the schedule
+    sooner, and measured on no benchmark yet. Entropy: as near to the schedule as first order and the
     batch allow, in both directions. Source: this project.
     """
 
