@@ -153,7 +153,7 @@ class EntropyConfig:
     rule: str | None = None
     """`none`, `soft`, `hard`, `switch`, `first_order`, `budget`, ... (`entrocraft.rules`), or an import path."""
     rule_options: dict[str, float | str | bool | dict[str, float | str | bool]] = field(default_factory=dict)
-    """Further arguments of the rule, such as `{max_weight: 1}` for `budget`; of `group_scale` and `tempered`, the rule
+    """Further arguments of the rule, such as `{max_weight: 4}` for `budget`; of `group_scale` and `tempered`, the rule
     they wrap: `{rule: {name: soft, gamma: 5}}`."""
     level: Literal["sequence", "token"] = "sequence"
     """`first_order` and `budget`: reject whole rollouts or single tokens."""

@@ -223,6 +223,12 @@ def test_budget_weighs_what_is_left_where_it_falls_short(level: str) -> None:
         lone = np.array([change, -0.02])
         verdict = rules.budget(level=level, max_weight=4.0)(_inputs(want=0.01, change_R=lone, change_T=lone))
         assert verdict.weight_R is None
+    # What is kept has a predicted change and no advantage, as under REPO: a weight on A would do nothing.
+    shaped, advantage_R = np.array([-0.05, 0.01]), np.array([-1.0, 0.0])
+    verdict = rules.budget(level=level, max_weight=4.0)(
+        _inputs(want=0.04, advantage_R=advantage_R, change_R=shaped, change_T=shaped)
+    )
+    assert (verdict.keep_R.tolist(), verdict.weight_R) == ([False, True], None)
 
 
 def test_budget_breaks_ties_by_name_not_by_place() -> None:
