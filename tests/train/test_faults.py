@@ -31,7 +31,7 @@ class Runs:
 
     def __init__(self, work):
         self.work = work
-        (work / "my_rewards.py").write_text("def odd(completion, answer, prompt): return float(len(completion) % 2)\n")
+        (work / "odd_rewards.py").write_text("def odd(completion, answer, prompt): return float(len(completion) % 2)\n")
         problems = [{"prompt": f"{i} plus {i} is", "answer": str(i)} for i in range(12)]
         (work / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in problems))
         config = {
@@ -40,7 +40,7 @@ class Runs:
             "data": {"train": str(work / "train.jsonl")},
             "batch": {"prompts_per_step": 4, "samples_per_prompt": 4, "tokens_per_microbatch": 64},
             "sampling": {"max_response_tokens": 6},
-            "reward": {"name": "my_rewards:odd", "workers": 0},
+            "reward": {"name": "odd_rewards:odd", "workers": 0},
             "entropy": {"rule": "budget", "schedule": {"start": "measured", "end": 5.0}},
             "optimizer": {"steps": STEPS, "lr": 0.01},
             "checkpoint": {"every": 1},

@@ -21,7 +21,7 @@ TORCHRUN = ("-P", "-m", "torch.distributed.run", "--standalone", "--nproc-per-no
 @pytest.fixture
 def work(tmp_path):
     """A folder with problems, an importable reward and a small configuration."""
-    (tmp_path / "my_rewards.py").write_text("def odd(completion, answer, prompt): return float(len(completion) % 2)\n")
+    (tmp_path / "odd_rewards.py").write_text("def odd(completion, answer, prompt): return float(len(completion) % 2)\n")
     problems = [{"prompt": f"{i} plus {i} is", "answer": str(i)} for i in range(12)]
     (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in problems))
     config = {
@@ -30,7 +30,7 @@ def work(tmp_path):
         "data": {"train": "train.jsonl", "eval": "train.jsonl", "limit": 9},
         "batch": {"prompts_per_step": 5, "samples_per_prompt": 4, "tokens_per_microbatch": 64},
         "sampling": {"max_response_tokens": 6},
-        "reward": {"name": "my_rewards:odd", "workers": 0},
+        "reward": {"name": "odd_rewards:odd", "workers": 0},
         "entropy": {"rule": "budget", "schedule": {"start": "measured", "end": 5.0, "steps": 4}},
         "optimizer": {"steps": 4, "lr": 0.01},
         "evaluation": {"every": 2, "samples": 2},

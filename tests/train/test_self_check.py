@@ -105,7 +105,7 @@ def test_nothing_is_clamped_away():
 
 def trained(work, *overrides):
     """A run of three steps in this process: its exit status, what it said, and its record."""
-    (work / "my_rewards.py").write_text("def odd(completion, answer, prompt): return float(len(completion) % 2)\n")
+    (work / "odd_rewards.py").write_text("def odd(completion, answer, prompt): return float(len(completion) % 2)\n")
     problems = [{"prompt": f"{i} plus {i} is", "answer": str(i)} for i in range(4)]
     (work / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in problems))
     tiny = {"hidden_size": 16, "layers": 1, "heads": 2, "mlp_size": 32, "context": 64}
@@ -113,7 +113,7 @@ def trained(work, *overrides):
         *(f"--model.tiny.{name}={value}" for name, value in tiny.items()),
         *(f"--run_dir={work / 'run'}", f"--data.train={work / 'train.jsonl'}", "--device=cpu"),
         *("--batch.prompts_per_step=4", "--batch.samples_per_prompt=4", "--batch.tokens_per_microbatch=64"),
-        *("--sampling.max_response_tokens=6", "--reward.name=my_rewards:odd", "--reward.workers=0"),
+        *("--sampling.max_response_tokens=6", "--reward.name=odd_rewards:odd", "--reward.workers=0"),
         *("--optimizer.steps=3", "--checkpoint.every=1", "--self_check.every=2"),
     ]
     errors = io.StringIO()

@@ -29,7 +29,7 @@ TORCHRUN = ("-P", "-m", "torch.distributed.run", "--standalone", "--nproc-per-no
 
 def verified(work, *launcher):
     """The command in a process of its own."""
-    (work / "my_rewards.py").write_text("def odd(completion, answer, prompt): return float(len(completion) % 2)\n")
+    (work / "odd_rewards.py").write_text("def odd(completion, answer, prompt): return float(len(completion) % 2)\n")
     problems = [{"prompt": f"{i} plus {i} is", "answer": str(i)} for i in range(12)]
     (work / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in problems))
     config = {
@@ -39,7 +39,7 @@ def verified(work, *launcher):
         "data": {"train": "train.jsonl", "eval": "train.jsonl"},
         "batch": {"prompts_per_step": 5, "samples_per_prompt": 4, "tokens_per_microbatch": 64},
         "sampling": {"max_response_tokens": 6},
-        "reward": {"name": "my_rewards:odd", "workers": 0},
+        "reward": {"name": "odd_rewards:odd", "workers": 0},
         "entropy": {"rule": "budget", "schedule": {"start": "measured", "end": 5.0}},
         "optimizer": {"steps": 1000, "lr": 0.01},
         "evaluation": {"every": 2, "samples": 2},

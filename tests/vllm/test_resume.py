@@ -12,7 +12,7 @@ SCRIPT = Path(__file__).resolve().parents[2] / "train" / "train.py"
 
 
 def test_a_run_goes_on_to_the_token(tmp_path):
-    (tmp_path / "my_rewards.py").write_text("def odd(completion, answer, prompt): return float(len(completion) % 2)\n")
+    (tmp_path / "odd_rewards.py").write_text("def odd(completion, answer, prompt): return float(len(completion) % 2)\n")
     problems = [{"prompt": f"{i} plus {i} is", "answer": str(i)} for i in range(8)]
     (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in problems))
     config = {
@@ -23,7 +23,7 @@ def test_a_run_goes_on_to_the_token(tmp_path):
         "batch": {"prompts_per_step": 4, "samples_per_prompt": 4, "tokens_per_microbatch": 128},
         "sampling": {"max_response_tokens": 8},
         "engine": {"name": "vllm", "memory": 0.02},
-        "reward": {"name": "my_rewards:odd", "workers": 0},
+        "reward": {"name": "odd_rewards:odd", "workers": 0},
         "entropy": {"rule": "budget", "schedule": {"start": "measured", "end": 5.0}},
         "optimizer": {"steps": 100, "lr": 0.01},
     }
