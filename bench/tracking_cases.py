@@ -113,6 +113,7 @@ TARGETED: dict[str, tuple[str, ...]] = {
     "first_order_token": ("--entropy.rule=first_order", "--entropy.level=token", _WIDTH),
     "budget": ("--entropy.rule=budget",),
     "budget_token": ("--entropy.rule=budget", "--entropy.level=token"),
+    "budget_weighed": ("--entropy.rule=budget", "--entropy.level=token", "--entropy.rule_options={max_weight: 4}"),
     "entropic": ("--loss.method=entropic",),
     "entropic_parity": ("--loss.method=entropic_parity", "--loss.advantage=reinforce", *_SIGNED),
     "adaptive_bonus": ("--loss.method=adaptive_bonus",),
@@ -122,7 +123,7 @@ TARGETED: dict[str, tuple[str, ...]] = {
     "adaptive_clip": ("--loss.method=adaptive_clip",),
 }
 # Of these, this project's; the others are published.
-OWN = ("first_order", "first_order_token", "budget", "budget_token")
+OWN = ("first_order", "first_order_token", "budget", "budget_token", "budget_weighed")
 # Methods without a target: run once a regime and seed, and shown against the falling line that they do not see.
 FREE: dict[str, tuple[str, ...]] = {
     "none": (),

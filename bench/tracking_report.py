@@ -30,7 +30,9 @@ def judge(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
     the 15 steps after a jump of the target. settling: steps from a jump of the target until the entropy is within 0.05
     nats and stays for 5 steps, the mean of the jumps; None without a jump, the steps left where it never does.
     accuracy, pass_at_8, distinct: on held-out prompts after the last step. kept: mean share of rollouts (of tokens,
-    where those are judged). tokens: response tokens in all. entropy, target: the two curves, nats.
+    where those are judged). tokens: response tokens in all. released_at: first step at which control had let go.
+    reward, negatives: a number a step, accuracy of the rollouts and share of those with A < 0 that were kept. entropy,
+    target: the two curves, nats.
     """
     entropy = [row.get("entropy") for row in rows]
     target = [row.get("target") for row in rows]
@@ -51,6 +53,7 @@ def judge(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
         "kept": statistics.fmean(row["kept_token_fraction"] for row in rows if "kept_token_fraction" in row),
         "tokens": sum(row["tokens_per_second"] * row["seconds"] for row in rows),
         "bypassed": statistics.fmean(row["bypassed"] for row in rows if "bypassed" in row),
+        "released_at": next((s for s, row in enumerate(rows) if row.get("released")), None),
         "skipped": sum(row.get("steps_skipped", 0.0) for row in rows),
         "reward": [round(row["accuracy"], 4) for row in rows],
         "negatives": [
@@ -121,7 +124,9 @@ def markdown(table: dict[str, dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def comparison(table: dict[str, dict[str, Any]], ours: Sequence[str] = ("budget", "budget_token")) -> str:
+def comparison(
+    table: dict[str, dict[str, Any]], ours: Sequence[str] = ("budget", "budget_token", "budget_weighed")
+) -> str:
     """A row a curve: error and pass@8 of `ours` and of the published method that seeks a target and is the tightest."""
     lines = [
         "### Against the tightest published method", "",
@@ -136,7 +141,7 @@ def comparison(table: dict[str, dict[str, Any]], ours: Sequence[str] = ("budget"
             continue
         best = min(published, key=lambda row: row["error"])
         digits = TASKS[task].digits
-        for name in (name for name in ours if name in here):
+        for name in (name for name in OWN if name.startswith("budget") and name in here):
             cells = [("" if task == "sums" else f"{task}: ") + f"{schedule}, {regime}"]
             for row in (here[name], best):
                 cells += [row["method"], _cell(row, "error", digits), _cell(row, "pass_at_8", digits)]
@@ -225,6 +230,29 @@ def plot_frontier(table: dict[str, dict[str, Any]], task: str, path: Path) -> No
     figure.savefig(path, dpi=110)
 
 
+def plot_failure(runs: dict[str, dict[str, Any]], regime: str, path: Path) -> None:
+    """Of the target that is too high, a column a method of the first seed: entropy and target, accuracy, and the share
+    of rollouts with a negative advantage that contribute (arXiv 2604.26326, Fig. 7); a line where control let go."""
+    here = [run for run in runs.values() if _panel(run) == ("sums", "too_high", regime)]
+    if not here:
+        return
+    first = min(run["seed"] for run in here)
+    chosen = sorted((run for run in here if run["seed"] == first), key=lambda run: list(TARGETED).index(run["method"]))
+    figure = Figure(figsize=(2.6 * len(chosen), 6), layout="constrained")
+    axes = figure.subplots(3, len(chosen), squeeze=False, sharex=True, sharey="row")
+    for column, run in zip(axes.T, chosen, strict=True):
+        for axis, name in zip(column, ("entropy", "reward", "negatives"), strict=True):
+            axis.plot([math.nan if value is None else value for value in run[name]], color="#0072B2", lw=1)
+            if run["released_at"] is not None:
+                axis.axvline(run["released_at"], color="#D55E00", lw=1, ls="--")
+        column[0].plot(run["target"], color="#888888", lw=1)
+        column[0].set_title(run["method"], fontsize=9)
+        column[2].set_xlabel("step")
+    for axis, label in zip(axes[:, 0], ("entropy (nats)", "accuracy", "negatives kept"), strict=True):
+        axis.set_ylabel(label)
+    figure.savefig(path, dpi=110)
+
+
 def write_report(out: Path) -> str:
     """Writes `summary.json`, `table.md` and the figures beside `runs.jsonl`; returns the table."""
     runs = read_runs(out / "runs.jsonl")
@@ -237,6 +265,8 @@ def write_report(out: Path) -> str:
     for panel in _panels():
         name = "_".join(panel[panel[0] == "sums" :])
         plot_curves(runs, panel, out / f"curves_{name}.png")
+    for regime in TASKS["sums"].regimes:
+        plot_failure(runs, regime, out / f"failure_{regime}.png")
     for task in sorted({row["task"] for row in table.values()}):
         plot_frontier(table, task, out / ("frontier.png" if task == "sums" else f"frontier_{task}.png"))
     return text

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from entrocraft.kernels.clamped_entropy import clamped_entropy
 from entrocraft.kernels.linear_logprob import linear_logprob_entropy
+from entrocraft.kernels.logits_logprob import logits_logprob_entropy_reference
 from entrocraft.kernels.token_stats import TokenStats
 
 # What multiplies the logits, as (model_type prefix, config attribute, exponent). `logits_scaling` divides in one family
@@ -34,6 +35,8 @@ LOGIT_SCALES = (
 
 # What caps the logits; the same thing under two names.
 LOGIT_SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap")
+
+_REFERENCE_ROWS = 16384  # of the weight, cast at once
 
 
 class FusedHead:
@@ -114,6 +117,22 @@ class FusedHead:
         return linear_logprob_entropy(
             hidden_TH, weight_VH, target_T, bias_V=bias_V, **self._bends(temperature), **self.options | options
         )
+
+    def reference_stats(
+        self, hidden_TH: Tensor, target_T: Tensor, *, temperature: float | Tensor = 1.0, **options: Any
+    ) -> TokenStats:
+        """What `stats` should give, from fp32 logits [T, V] of these rows: for a few of them. `options` are those of
+        `logits_logprob_entropy_reference`."""
+        return logits_logprob_entropy_reference(
+            self.reference_logits(hidden_TH), target_T, **self._bends(temperature), **options
+        )
+
+    def reference_logits(self, hidden_TH: Tensor) -> Tensor:
+        """fp32 logits [T, V] before scale, softcap and temperature. The weight is cast a slice at a time, so that a
+        large vocabulary in bf16 is never held in fp32."""
+        hidden_TH, weight_VH, bias_V = self._operands(hidden_TH)
+        logit_TV = torch.cat([hidden_TH.float() @ part.float().T for part in weight_VH.split(_REFERENCE_ROWS)], dim=1)
+        return logit_TV if bias_V is None else logit_TV + bias_V.float()
 
     def clamped_entropy(self, hidden_TH: Tensor, *, share: float, temperature: float | Tensor = 1.0) -> Tensor:
         """Entropy of each row without the least likely `share` of the vocabulary; as the function of that name."""

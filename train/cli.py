@@ -23,8 +23,8 @@ def train(argv: Sequence[str]) -> int | None:
 
 
 def evaluate(argv: Sequence[str]) -> int | None:
-    """measure a trained model on held-out problems"""
-    from entrocraft.train.evaluation import main
+    """measure a model on held-out problems: mean@n, pass@k, intervals"""
+    from entrocraft.train.eval_command import main
 
     return main(argv)
 
@@ -86,6 +86,13 @@ def bench(argv: Sequence[str]) -> int | None:
     return 0
 
 
+def serve(argv: Sequence[str]) -> int | None:
+    """start a vLLM server that a trainer can publish its weights to (`engine.name: vllm_server`)"""
+    from entrocraft.train.serve import main
+
+    return main(argv)
+
+
 COMMANDS: dict[str, Callable[[Sequence[str]], int | None]] = {
     "train": train,
     "eval": evaluate,
@@ -94,6 +101,7 @@ COMMANDS: dict[str, Callable[[Sequence[str]], int | None]] = {
     "bench": bench,
     "doctor": doctor,
     "demo": demo,
+    "serve": serve,
 }
 
 
@@ -107,7 +115,8 @@ def report_errors(run: Callable[[], int | None], *, show_traceback: bool = False
     def complain(error: Exception, message: str) -> None:
         if show_traceback:
             traceback.print_exception(error)
-        print(f"error: {message}", file=sys.stderr)
+        rank = os.environ.get("RANK", "0")  # torchrun's
+        print(f"error{'' if rank == '0' else f' on rank {rank}'}: {message}", file=sys.stderr)
 
     try:
         return run() or 0

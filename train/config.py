@@ -7,96 +7,18 @@ numbers are properties. `config_reader.py` fills these from files and the comman
 from dataclasses import dataclass, field
 from typing import Literal
 
-
-def _require(condition: bool, name: str, value: object, expected: str) -> None:
-    if not condition:
-        raise ValueError(f"{name} = {value!r}: expected {expected}")
-
-
-@dataclass(frozen=True, kw_only=True)
-class TinyModelConfig:
-    """A byte-level Qwen3 built on the spot with random weights, for trying things without a download."""
-
-    hidden_size: int = 96
-    """Width of the residual stream."""
-    layers: int = 3
-    """Transformer blocks."""
-    heads: int = 4
-    """Query heads; the number of key-value heads is half of it."""
-    mlp_size: int = 256
-    """Width of the feed-forward layer."""
-    context: int = 2048
-    """Most tokens a sequence may have, prompt and response together."""
-    tied: bool = True
-    """Whether the LM head shares the embedding's weight."""
-
-    def __post_init__(self) -> None:
-        for name in ("hidden_size", "layers", "heads", "mlp_size", "context"):
-            _require(getattr(self, name) > 0, f"model.tiny.{name}", getattr(self, name), "a positive number")
-        _require(
-            self.heads % 2 == 0,
-            "model.tiny.heads",
-            self.heads,
-            "an even number (two query heads share one key)",
-        )
-        _require(
-            self.hidden_size % (2 * self.heads) == 0,
-            "model.tiny.hidden_size",
-            self.hidden_size,
-            f"a multiple of 2 x model.tiny.heads = {2 * self.heads}",
-        )
-
-
-@dataclass(frozen=True, kw_only=True)
-class ModelConfig:
-    """The policy that is trained."""
-
-    path: str | None = None
-    """Folder or hub id of a Hugging Face causal LM (safetensors). Leave empty to build `model.tiny`."""
-    tiny: TinyModelConfig = TinyModelConfig()
-    """Shape of the model that is built when `model.path` is empty."""
-    trust_remote_code: bool = False
-    """Whether code shipped with the model may run. Off: a downloaded model cannot execute anything here."""
-    gradient_checkpointing: bool = False
-    """Recompute activations in the backward pass: less memory, about a third more time."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class DataConfig:
-    """Problems and how they become prompts."""
-
-    train: str | None = None
-    """JSONL file with one training problem a line."""
-    eval: str | None = None
-    """JSONL file with held-out problems; without it nothing is evaluated."""
-    prompt_field: str = "prompt"
-    """Field of a line that holds the problem's text."""
-    answer_field: str = "answer"
-    """Field of a line that holds the reference answer."""
-    # Not `str | None`: the command line reads an optional value as YAML, where a pattern such as #### is a comment.
-    answer_pattern: str = ""
-    """Regular expression whose one group extracts the answer from `answer_field`, e.g. '####\\s*(.+)$' for GSM8K;
-    empty: the whole field."""
-    prompt_template: str = "{prompt}"
-    """Text around the problem; `{prompt}` is replaced."""
-    chat_template: bool = False
-    """Render the prompt as a user turn with the tokenizer's chat template."""
-    max_prompt_tokens: int = 1024
-    """Longest prompt, in tokens."""
-    on_long: Literal["error", "drop"] = "error"
-    """What to do with a longer prompt: stop, or drop the problem and count it."""
-    limit: int | None = None
-    """Use only the first so many problems of each file."""
-
-    def __post_init__(self) -> None:
-        _require(
-            "{prompt}" in self.prompt_template,
-            "data.prompt_template",
-            self.prompt_template,
-            "a text with {prompt}",
-        )
-        _require(self.max_prompt_tokens > 0, "data.max_prompt_tokens", self.max_prompt_tokens, "a positive number")
-        _require(self.limit is None or self.limit > 0, "data.limit", self.limit, "a positive number, or nothing")
+from entrocraft.train.config_check import require as _require
+from entrocraft.train.config_checkpoint import CheckpointConfig, SelfCheckConfig
+from entrocraft.train.config_data import DataConfig
+from entrocraft.train.config_engine import EngineConfig, ImportanceConfig, MismatchConfig, SamplingConfig
+from entrocraft.train.config_evaluation import EvaluationConfig
+from entrocraft.train.config_logging import LoggingConfig
+from entrocraft.train.config_lora import LoraConfig
+from entrocraft.train.config_model import ModelConfig
+from entrocraft.train.config_model import TinyModelConfig as TinyModelConfig  # where it used to be
+from entrocraft.train.config_parallel import ParallelConfig
+from entrocraft.train.config_reference import ReferenceConfig
+from entrocraft.train.config_refill import RefillConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -135,60 +57,28 @@ class BatchConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class SamplingConfig:
-    """How rollouts are drawn from the policy."""
-
-    max_response_tokens: int = 1024
-    """Longest response; a rollout that reaches it without an end mark is truncated."""
-    temperature: float = 1.0
-    """Logits are divided by it, in sampling and in scoring alike. Entropy is measured at this temperature."""
-    top_p: float = 1.0
-    """Nucleus sampling; 1 is off, as training needs the whole distribution."""
-    top_k: int = 0
-    """Sample among the k likeliest tokens; 0 is off."""
-    rollouts_per_batch: int = 256
-    """Rollouts generated at once (memory of the key-value cache)."""
-
-    def __post_init__(self) -> None:
-        _require(
-            self.max_response_tokens > 0,
-            "sampling.max_response_tokens",
-            self.max_response_tokens,
-            "a positive number",
-        )
-        _require(
-            self.temperature > 0,
-            "sampling.temperature",
-            self.temperature,
-            "a number above 0 (greedy decoding cannot be trained on)",
-        )
-        _require(0 < self.top_p <= 1, "sampling.top_p", self.top_p, "a number in (0, 1]")
-        _require(self.top_k >= 0, "sampling.top_k", self.top_k, "0 or more")
-        _require(
-            self.rollouts_per_batch > 0,
-            "sampling.rollouts_per_batch",
-            self.rollouts_per_batch,
-            "a positive number",
-        )
-
-
-@dataclass(frozen=True, kw_only=True)
 class RewardConfig:
     """How a rollout is scored."""
 
     name: str = "math_verify"
-    """`math_verify`, `sum_pair`, or the import path `package.module:function` of your own
-    `(completion, answer, prompt) -> float | None`."""
+    """The reward that decides what is right: `math_verify`, `strict_box`, `sum_pair`, or the import path
+    `package.module:function` of your own `(completion, answer, prompt) -> float | None`, `async` or not."""
+    weight: float = 1.0
+    """What that reward is multiplied by in the sum with those of `also`."""
+    also: dict[str, float] = field(default_factory=dict)
+    """Further rewards by name or import path, with their weights: `{my_rewards:brief: 0.1, strict_box: 0}`; 0 records a
+    score without counting it."""
     workers: int = 2
     """Processes that score; each can be killed. 0 scores in this process, without a time limit."""
     timeout_s: float = 10.0
     """Seconds one rollout may take; then its worker is killed and the rollout has no verdict."""
     signed: bool = False
-    """Map scores 0..1 to -1..+1; the rule `switch` needs -1/+1."""
+    """Map scores 0..1 of `name` to -1..+1; the rule `switch` needs -1/+1."""
 
     def __post_init__(self) -> None:
         _require(self.workers >= 0, "reward.workers", self.workers, "0 or more")
         _require(self.timeout_s > 0, "reward.timeout_s", self.timeout_s, "a number of seconds above 0")
+        _require(self.name not in self.also, "reward.also", self.also, f"rewards other than reward.name = {self.name}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -263,7 +153,7 @@ class EntropyConfig:
     rule: str | None = None
     """`none`, `soft`, `hard`, `switch`, `first_order`, `budget`, ... (`entrocraft.rules`), or an import path."""
     rule_options: dict[str, float | str | bool | dict[str, float | str | bool]] = field(default_factory=dict)
-    """Further arguments of the rule, such as `{max_weight: 1}` for `budget`; of `group_scale` and `tempered`, the rule
+    """Further arguments of the rule, such as `{max_weight: 4}` for `budget`; of `group_scale` and `tempered`, the rule
     they wrap: `{rule: {name: soft, gamma: 5}}`."""
     level: Literal["sequence", "token"] = "sequence"
     """`first_order` and `budget`: reject whole rollouts or single tokens."""
@@ -336,37 +226,6 @@ class OptimizerConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvaluationConfig:
-    """Held-out problems, sampled now and then."""
-
-    every: int = 0
-    """Steps between evaluations; 0: only after the last step."""
-    samples: int = 8
-    """Rollouts per held-out problem; pass@samples is reported."""
-    temperature: float = 1.0
-    """Sampling temperature of the evaluation."""
-
-    def __post_init__(self) -> None:
-        _require(self.every >= 0, "evaluation.every", self.every, "0 or more")
-        _require(self.samples > 0, "evaluation.samples", self.samples, "a positive number")
-        _require(self.temperature > 0, "evaluation.temperature", self.temperature, "a number above 0")
-
-
-@dataclass(frozen=True, kw_only=True)
-class CheckpointConfig:
-    """Saving and resuming."""
-
-    every: int = 50
-    """Steps between checkpoints; one is always written at the end and on Ctrl-C."""
-    keep: int = 2
-    """Newest checkpoints kept."""
-
-    def __post_init__(self) -> None:
-        _require(self.every > 0, "checkpoint.every", self.every, "a positive number")
-        _require(self.keep > 0, "checkpoint.keep", self.keep, "a positive number")
-
-
-@dataclass(frozen=True, kw_only=True)
 class Config:
     """A whole run."""
 
@@ -380,17 +239,34 @@ class Config:
     device: str = "auto"
     """`cpu`, `cuda`, or `auto`: CUDA where there is one."""
     model: ModelConfig = ModelConfig()
+    refill: RefillConfig = RefillConfig()
+    lora: LoraConfig = LoraConfig()
+    reference: ReferenceConfig = ReferenceConfig()
+    parallel: ParallelConfig = ParallelConfig()
     data: DataConfig = DataConfig()
     batch: BatchConfig = BatchConfig()
     sampling: SamplingConfig = SamplingConfig()
+    engine: EngineConfig = EngineConfig()
+    importance: ImportanceConfig = ImportanceConfig()
+    mismatch: MismatchConfig = MismatchConfig()
     reward: RewardConfig = RewardConfig()
     loss: LossConfig = LossConfig()
     entropy: EntropyConfig = EntropyConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
+    self_check: SelfCheckConfig = SelfCheckConfig()
+    logging: LoggingConfig = LoggingConfig()
 
     def __post_init__(self) -> None:
+        refills = self.refill.oversample or self.refill.zero_variance == "refill"
+        _require(
+            not (self.engine.overlap and refills),
+            "engine.overlap",
+            self.engine.overlap,
+            "false beside refill.oversample and refill.zero_variance = 'refill': how many prompts a step draws is not "
+            "known a step ahead",
+        )
         if self.entropy.preset is not None:  # what is saved with the run must be what ran
             for name, value in (("loss.aggregation", self.loss.aggregation), ("entropy.gamma", self.entropy.gamma)):
                 _require(

@@ -1,10 +1,14 @@
-"""Fills a `Config` from a YAML file and dotted command-line overrides, and writes it back.
+"""Fills a `Config` from YAML files and dotted command-line overrides, and writes it back.
 
-Precedence, lowest first: the defaults of `config.py`, the file given by `--config`, the overrides after it.
+Precedence, lowest first: the defaults of `config.py`; each file given by `--config`, later ones winning; the overrides
+after them. A file may stand on others: `extends: base.yaml` or `extends: [model.yaml, method.yaml]`, by paths relative
+to its own folder, which are read before it. Groups of settings are merged name by name; a setting that is itself a
+mapping (`loss.method_options`, `evaluation.sets`) is replaced as a whole.
 """
 
 import dataclasses
 import difflib
+import functools
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,6 +17,7 @@ import yaml
 from jsonargparse import ArgumentError, ArgumentParser, set_parsing_settings
 
 from entrocraft.train.config import Config
+from entrocraft.train.config_evaluation import EvaluationSetConfig
 
 
 def field_names(cls: type, prefix: str = "") -> list[str]:
@@ -27,9 +32,9 @@ def field_names(cls: type, prefix: str = "") -> list[str]:
 
 def _nearest(name: str) -> str:
     known = field_names(Config)
-    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-    if not close:  # right leaf, wrong group: `lr` for `optimizer.lr`
-        leaves = {full.rsplit(".", 1)[-1]: full for full in known}
+    leaves = {full.rsplit(".", 1)[-1]: full for full in known}
+    close = [leaves[name]] if name in leaves else difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    if not close:  # right leaf, wrong group: `train.lr` for `optimizer.lr`
         close = [leaves[leaf] for leaf in difflib.get_close_matches(name.rsplit(".", 1)[-1], leaves, n=1, cutoff=0.5)]
     return f"did you mean `{close[0]}`? " if close else ""
 
@@ -38,30 +43,91 @@ def _unknown(name: str) -> ValueError:
     return ValueError(f"unknown setting `{name}`: {_nearest(name)}`--help` lists all.")
 
 
-def _check_file(path: str) -> None:
-    """Refuses a YAML file with a key that is no setting, before the parser sees it, to name the nearest right one."""
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"--config {path}: no such file")
+def _content(path: str, within: tuple[Path, ...] = ()) -> dict:
+    """What a YAML file sets, on top of the files it extends.
+
+    Refuses a key that is no setting, before the parser sees it, to name the nearest right one.
+    """
+    place = Path(path).expanduser()
+    if not place.is_file():
+        by = f" (extended by {within[-1]})" if within else ""
+        raise FileNotFoundError(f"--config {path}: no such file{by}")
+    if place.resolve() in within:
+        raise ValueError(f"--config {path}: extends itself, by way of {', '.join(file.name for file in within)}")
     try:
-        content = yaml.safe_load(Path(path).read_text())
+        content = yaml.safe_load(place.read_text())
     except yaml.YAMLError as error:
         raise ValueError(f"--config {path}: not valid YAML: {error}") from None
+    content = {} if content is None else content
+    bases = content.pop("extends", []) if isinstance(content, dict) else []
+    bases = [bases] if isinstance(bases, str) else bases
+    if not (isinstance(bases, list) and all(isinstance(base, str) for base in bases)):
+        raise ValueError(f"--config {path}: extends is {bases!r}: expected a path, or a list of them")
+    _check_names(path, content)
+    merged: dict = {}
+    for base in bases:
+        merged = _merge(merged, _content(str(place.parent / base), (*within, place.resolve())))
+    return _merge(merged, content)
+
+
+def _check_names(path: str, content: object) -> None:
     known = field_names(Config)
     groups = {name.rsplit(".", 1)[0] for name in known if "." in name}
 
-    def walk(node: object, prefix: str) -> None:
+    def mapping(node: object, name: str) -> dict:
         if not isinstance(node, dict):
             raise ValueError(
-                f"--config {path}: {prefix or 'the file'} is {node!r}: expected settings, one `name: value` a line"
+                f"--config {path}: {name or 'the file'} is {node!r}: expected settings, one `name: value` a line"
             )
-        for key, value in node.items():
+        return node
+
+    def walk(node: object, prefix: str) -> None:
+        for key, value in mapping(node, prefix).items():
             name = f"{prefix}.{key}" if prefix else str(key)
             if name not in known:
                 raise _unknown(name)
             if name in groups:
                 walk(value, name)
+            elif name == "evaluation.sets":
+                for held, settings in mapping(value, name).items():
+                    _check_set(path, held, mapping(settings, f"{name}.{held}"))
 
-    walk(content if content is not None else {}, "")
+    walk(content, "")
+
+
+def _check_set(path: str, held: str, settings: dict) -> None:
+    known = field_names(EvaluationSetConfig)
+    for key in settings:
+        if key not in known:
+            close = difflib.get_close_matches(str(key), known, n=1, cutoff=0.5)
+            hint = f"; did you mean `{close[0]}`?" if close else f"; there are {', '.join(known)}"
+            raise ValueError(f"--config {path}: evaluation.sets.{held} has no `{key}`{hint}")
+
+
+def _merge(below: dict, above: dict, prefix: str = "") -> dict:
+    """Settings of two files as one: groups name by name, anything else as a whole."""
+    groups = {name.rsplit(".", 1)[0] for name in field_names(Config) if "." in name}
+    merged = dict(below)
+    for key, value in above.items():
+        name = f"{prefix}{key}"
+        both = name in groups and isinstance(merged.get(key), dict) and isinstance(value, dict)
+        merged[key] = _merge(merged[key], value, f"{name}.") if both else value
+    return merged
+
+
+def _expanded(argv: Sequence[str]) -> list[str]:
+    """The arguments with the content of each file in the place of its path: the parser takes either."""
+    arguments: list[str] = []
+    words = iter(argv)
+    for word in words:
+        if word == "--config" or word.startswith("--config="):
+            path = word.removeprefix("--config=") if "=" in word else next(words, "")
+            content = _content(path)
+            if content:
+                arguments.append("--config=" + yaml.safe_dump(content, sort_keys=False, allow_unicode=True))
+        else:
+            arguments.append(word)
+    return arguments
 
 
 def _explain(message: str) -> ValueError:
@@ -78,16 +144,23 @@ def _explain(message: str) -> ValueError:
     return ValueError(message)
 
 
+@functools.cache  # half a second of reading the source for the documentation of its fields
 def build_parser() -> ArgumentParser:
     """The command line of train.py: `--config FILE` and one dotted option per setting."""
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
     parser = ArgumentParser(
         prog="train.py",
         description="RL of a language model along an entropy curve. Example: "
-        "train.py --config train/configs/gsm8k_tiny.yaml --data.train gsm8k_train.jsonl --optimizer.steps 20",
+        "train.py --config train/configs/gsm8k_tiny.yaml --data.train gsm8k_train.jsonl --optimizer.steps 20. "
+        "With --verify-resume, or --verify-resume=N, it trains 8 or N steps, again the second half in a fresh process, "
+        "and compares everything instead. With --plan it predicts memory instead of training: train.py --plan --help.",
         exit_on_error=False,
     )
-    parser.add_argument("--config", action="config", help="YAML file; options after it override its values.")
+    parser.add_argument(
+        "--config",
+        action="config",
+        help="YAML file; may be repeated, later files and the options after them override its values.",
+    )
     parser.add_class_arguments(Config, None)
     return parser
 
@@ -98,14 +171,9 @@ def load_config(argv: Sequence[str]) -> Config:
     Raises ValueError for an unknown setting (with the nearest right name), a wrong type, or a value outside its range;
     FileNotFoundError for a missing file. `--help` prints every setting with its meaning and exits.
     """
-    for flag, value in zip(argv, [*argv, ""][1:], strict=True):
-        if flag == "--config":
-            _check_file(value)
-        elif flag.startswith("--config="):
-            _check_file(flag.removeprefix("--config="))
     parser = build_parser()
     try:
-        values = parser.instantiate(parser.parse_args(list(argv)))
+        values = parser.instantiate(parser.parse_args(_expanded(argv)))
     except ArgumentError as error:
         raise _explain(str(error)) from None
     return Config(**{entry.name: values[entry.name] for entry in dataclasses.fields(Config)})

@@ -17,6 +17,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,21 +27,27 @@ from rich.table import Table
 from entrocraft.train.config import Config
 from entrocraft.train.config_reader import load_config
 from entrocraft.train.metrics import read_metrics
+from entrocraft.train.policy import choose_device
 from entrocraft.train.report import compare_runs
 from entrocraft.train.train import run_training
 from entrocraft.train.warm_start import STEPS as WARM_START_STEPS
-from entrocraft.train.warm_start import warm_start, write_problems
+from entrocraft.train.warm_start import SUMS, warm_start, write_problems
 
 CONFIG = Path(__file__).parent / "configs" / "demo.yaml"
+NARROW = 128
+"""Widest model that is warm-started at the narrow ones' learning rate."""
+WIDE_SUMS = replace(SUMS, key=f"{SUMS.key} wide", learning_rate=1e-3)
 ARMS = {"none": ("--entropy.rule=none",), "soft": ("--entropy.preset=paper_v1", "--entropy.rule=null"), "budget": ()}
 
 
-def arm_config(arm: str, out: Path, model: Path, data: tuple[Path, Path], seed: int, extra: Sequence[str]) -> Config:
+def arm_config(
+    arm: str, out: Path, model: Path, data: tuple[Path, Path], seed: int, extra: Sequence[str], recipe: Path = CONFIG
+) -> Config:
     """The demo's configuration file with what differs from machine to machine and from arm to arm."""
     train, held_out = data
     return load_config(
         [
-            f"--config={CONFIG}",
+            f"--config={recipe}",
             f"--run_dir={out / arm}",
             f"--model.path={model}",
             f"--data.train={train}",
@@ -179,13 +186,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--warm-start-steps", type=int, default=WARM_START_STEPS, help="supervised steps (default: %(default)s)"
     )
+    parser.add_argument("--recipe", type=Path, default=CONFIG, help="configuration file (default: %(default)s)")
     options, extra = parser.parse_known_args(argv)
     console, started, origin = Console(), time.perf_counter(), provenance()
     options.out.mkdir(parents=True, exist_ok=True)
     data = write_problems(options.out / "data")
-    shape = load_config([f"--config={CONFIG}", *extra]).model.tiny
-    model = warm_start(options.out / "models", shape, options.seed, steps=options.warm_start_steps)
-    configs = {arm: arm_config(arm, options.out, model, data, options.seed, extra) for arm in options.arms}
+    settings = load_config([f"--config={options.recipe}", *extra])
+    tiny = settings.model.tiny
+    device = choose_device(settings.device)
+    lessons = SUMS if tiny.hidden_size <= NARROW else WIDE_SUMS
+    steps = options.warm_start_steps
+    model = warm_start(options.out / "models", tiny, options.seed, steps=steps, lessons=lessons, device=device)
+    configs = {
+        arm: arm_config(arm, options.out, model, data, options.seed, extra, options.recipe) for arm in options.arms
+    }
     begin_again(options.out, configs)
     arms: dict[str, Any] = {}
     for arm, config in configs.items():

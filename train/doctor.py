@@ -56,10 +56,11 @@ EXTRAS = (
     Extra(
         "flash",
         ("flash-attn",),
-        "FlashAttention layers, where transformers picks them up",
+        "FlashAttention, for models in bfloat16 on a GPU",
         "first a CUDA toolkit (nvcc) and torch, then pip install --no-build-isolation flash-attn",
     ),
-    Extra("liger", ("liger-kernel",), "fused layers for the model's body; the trainer does not use them yet"),
+    Extra("liger", ("liger-kernel",), "fused layers for the model's body, on a GPU"),
+    Extra("lora", ("peft",), "low-rank adapters (lora.rank)"),
     Extra("trl", ("trl",), "for TRL's trainers beside this package's two imports"),
     Extra(
         "verl",
@@ -67,6 +68,7 @@ EXTRAS = (
         "for verl's trainers beside this package's two imports",
         "needs transformers < 5.11: its own environment, without constraints.txt",
     ),
+    Extra("data", ("datasets", "pyarrow"), "problems from parquet files, folders and the Hugging Face hub"),
     Extra("wandb", ("wandb",), "metrics on Weights & Biases; the trainer does not write there yet"),
     Extra("bench", ("pytest-benchmark",), "pytest bench"),
     Extra("dev", ("ruff", "pyright", "hypothesis"), "make lint, make test"),

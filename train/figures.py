@@ -72,6 +72,7 @@ RUN_PANELS = (
             ("kept_fraction_negative", "advantage < 0"),
         ),
     ),
+    Panel(title="Chance of being kept", unit="mean", lines=(("acceptance_mean", "all rollouts"),)),
     Panel(
         title="Change of entropy in a step",
         unit="nats",
@@ -85,10 +86,48 @@ RUN_PANELS = (
         unit="fraction",
         lines=(("clip_fraction_low", "lower clip"), ("clip_fraction_high", "upper clip")),
     ),
-    Panel(title="Response length", unit="tokens", lines=(("response_length", "mean"),)),
+    Panel(
+        title="Clipped tokens of each sign",
+        unit="fraction",
+        lines=(
+            ("clip_fraction_low_positive", "lower, advantage > 0"),
+            ("clip_fraction_low_negative", "lower, < 0"),
+            ("clip_fraction_high_positive", "upper, > 0"),
+            ("clip_fraction_high_negative", "upper, < 0"),
+        ),
+    ),
+    Panel(title="Gain: realised over predicted change", unit="ratio", lines=(("gain", "gain"),)),
+    Panel(
+        title="Response length",
+        unit="tokens",
+        lines=(
+            ("response_length", "mean"),
+            ("response_length_right", "right"),
+            ("response_length_wrong", "wrong"),
+        ),
+    ),
     Panel(title="Truncated responses", unit="fraction", lines=(("truncated_fraction", "truncated"),)),
     Panel(title="Groups of equal reward", unit="groups", lines=(("zero_variance_groups", "groups"),)),
-    Panel(title="Throughput", unit="tokens / s", lines=(("tokens_per_second", "tokens per second"),)),
+    Panel(
+        title="Throughput",
+        unit="tokens / s",
+        lines=(
+            ("tokens_per_second", "whole step"),
+            ("tokens_per_second_sample", "sample"),
+            ("tokens_per_second_score", "score"),
+            ("tokens_per_second_update", "update"),
+        ),
+    ),
+    Panel(
+        title="Model FLOPs utilisation",
+        unit="fraction of peak",
+        lines=(("mfu_sample", "sample"), ("mfu_score", "score"), ("mfu_update", "update")),
+    ),
+    Panel(
+        title="Memory",
+        unit="GB",
+        lines=(("memory_sample", "sample"), ("memory_score", "score"), ("memory_update", "update")),
+    ),
     Panel(
         title="Time of a step",
         unit="s",

@@ -63,6 +63,19 @@ def _fill_rows(lengths: list[int], budget: int) -> list[list[tuple[int, int, int
     return batches
 
 
+def sequence_lengths(rollouts: Rollouts, chosen: Sequence[int]) -> list[int]:
+    """Tokens that are fed for each of the rollouts with the indices `chosen`: prompt and response without its last
+    token, which is predicted but predicts nothing."""
+    length_R, group_R = rollouts.length_R.tolist(), rollouts.group_R.tolist()
+    return [len(rollouts.prompts[group_R[r]]) + length_R[r] - 1 for r in chosen]
+
+
+def idle_batch(token: int) -> MicroBatch:
+    """The least that can be run: one token, predicting token 0 of the rollouts."""
+    one = torch.zeros(1, dtype=torch.int64)
+    return MicroBatch(input_BL=torch.full((1, 1), token), position_BL=one[None], source_N=one, token_N=one)
+
+
 def pack(rollouts: Rollouts, chosen: Sequence[int], tokens_per_microbatch: int) -> list[MicroBatch]:
     """Packs the rollouts with the indices `chosen` into micro-batches of at most `tokens_per_microbatch` tokens.
 
@@ -72,8 +85,7 @@ def pack(rollouts: Rollouts, chosen: Sequence[int], tokens_per_microbatch: int) 
     start_R = [0, *torch.cumsum(rollouts.length_R, 0).tolist()]
     group_R = rollouts.group_R.tolist()
     prompts = [rollouts.prompts[group_R[r]] for r in chosen]
-    # The last response token is predicted but predicts nothing, so it is not fed.
-    lengths = [len(prompt) + start_R[r + 1] - start_R[r] - 1 for prompt, r in zip(prompts, chosen, strict=True)]
+    lengths = sequence_lengths(rollouts, chosen)
     if lengths and max(lengths) > tokens_per_microbatch:
         worst = max(range(len(lengths)), key=lengths.__getitem__)
         raise ValueError(

@@ -1,19 +1,25 @@
 """The policy: a Hugging Face causal LM, its tokenizer, and the fused head that scores tokens without their logits."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from torch.distributed.fsdp import register_fsdp_forward_method
 from transformers.utils.logging import disable_progress_bar
 
 from entrocraft import Rollouts, TokenStats
 from entrocraft.kernels import FusedHead
 from entrocraft.train.config import ModelConfig
-from entrocraft.train.packing import MicroBatch, pack
-from entrocraft.train.tiny_model import build_tiny_model
+from entrocraft.train.export import export, named_weights
+from entrocraft.train.loading import load_whole
+from entrocraft.train.lora import has_adapters
+from entrocraft.train.packing import MicroBatch, idle_batch, pack, sequence_lengths
+from entrocraft.train.parallel import Ranks, balanced
+from entrocraft.train.sharding import compute_dtype_of, is_sharded, whole_weights
+from entrocraft.train.vocab_head import ShardedHead, vocabulary_group
 
 
 def choose_device(name: str) -> torch.device:
@@ -30,42 +36,41 @@ def choose_device(name: str) -> torch.device:
 
 
 class Policy:
-    """Scores tokens under the model at the sampling temperature."""
+    """Scores tokens under the model at the sampling temperature.
+
+    On several ranks the model is sharded and every method that runs it is called by all ranks together, with the same
+    whole batch: each runs its part, and all get the whole answer.
+    """
 
     # Any: the types that transformers declares for models and tokenizers are wider than what they return.
-    def __init__(self, model: Any, tokenizer: Any, *, temperature: float, device: torch.device) -> None:
-        self.model = model.to(device)
+    def __init__(
+        self, model: Any, tokenizer: Any, *, temperature: float, device: torch.device, ranks: Ranks | None = None
+    ) -> None:
+        self.model = model if is_sharded(model) else model.to(device)
         self.tokenizer = tokenizer
         self.temperature = temperature
         self.device = device
-        self.head = FusedHead(self.model)
+        self.ranks = ranks or Ranks()
+        self.dtype = compute_dtype_of(self.model)
+        # Flash-attention tells sequences apart by their positions in a batch of one row, and in no other.
+        self.one_row = str(getattr(self.model.config, "_attn_implementation", "")).startswith("flash")
+        group = vocabulary_group(self.model)
+        self.head = FusedHead(self.model) if group is None else ShardedHead(self.model, group)
+        # FSDP gathers a module's weights for the methods it knows of: those two that use the root's and the head's.
+        head = self.model.get_output_embeddings()
+        for module, name, method in ((head, "row_stats", self._row_stats), (self.model, "token_stats", self._stats)):
+            setattr(module, name, method)
+            register_fsdp_forward_method(module, name)
 
     @classmethod
     def load(cls, config: ModelConfig, *, temperature: float, device: torch.device, seed: int) -> "Policy":
         """The model at `config.path` (safetensors only, no remote code unless asked), or the tiny one built from
-        `seed`.
+        `seed`, whole and in float32.
 
         Raises FileNotFoundError for a local path that does not exist; whatever transformers raises for a bad one.
         """
-        if config.path is None:
-            model, tokenizer = build_tiny_model(config.tiny, seed)
-        else:
-            disable_progress_bar()
-            path, remote = str(Path(config.path).expanduser()), config.trust_remote_code
-            if config.path.startswith((".", "/", "~")) and not Path(path).is_dir():
-                raise FileNotFoundError(f"model.path = {config.path!r}: no such folder")
-            try:
-                tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=remote)
-                model = AutoModelForCausalLM.from_pretrained(
-                    path, dtype=torch.float32, use_safetensors=True, trust_remote_code=remote
-                )
-            except OSError as error:
-                raise ValueError(
-                    f"model.path = {config.path!r}: neither a folder with a model in safetensors nor a model of the "
-                    f"hub that can be reached: {str(error).splitlines()[0]}"
-                ) from error
-        if config.gradient_checkpointing:
-            model.gradient_checkpointing_enable()
+        attention = config.attention if config.attention in ("sdpa", "eager") else None  # the others need bfloat16
+        model, tokenizer = load_whole(config, seed, attention)
         return cls(model, tokenizer, temperature=temperature, device=device)
 
     @property
@@ -90,66 +95,159 @@ class Policy:
         """V, rows of the LM head."""
         return int(self.model.get_output_embeddings().weight.shape[0])
 
+    @contextmanager
+    def whole_weights(self) -> Iterator[None]:
+        """Inside the block this rank has all weights: the model can generate. All ranks enter and leave together."""
+        with whole_weights(self.model):
+            yield
+
+    @property
+    def low_precision(self) -> bool:
+        """Whether the model computes in 16 bits."""
+        return self.dtype != torch.float32 and self.dtype != torch.float64
+
+    @torch.no_grad()
+    def hidden_of(self, prompt: Sequence[int]) -> Tensor:
+        """fp32 hidden states [n, H] of one sequence alone."""
+        self.model.eval()
+        with self.whole_weights():
+            ids = torch.tensor([list(prompt)], device=self.device)
+            return self._hidden(ids, torch.arange(len(prompt), device=self.device)[None])[0].float()
+
     @torch.no_grad()
     def check(self, prompt: Sequence[int]) -> None:
         """Makes sure, on one prompt, that this model may be scored as `token_stats` does it.
 
-        Raises ValueError when it gives NaN or infinity, when its logits are not what the fused head computes, or when a
-        sequence sees its neighbour in a packed row, as in a model that ignores position ids.
+        Raises ValueError when it gives NaN or infinity, when its logits are not what the fused head computes, or when
+        a sequence sees its neighbour in a packed row or padding, as in a model that ignores position ids.
         """
         self.model.eval()
-        ids = torch.tensor([prompt[:64]], device=self.device)
-        n = ids.shape[1]
-        position = torch.arange(n, device=self.device).repeat(2)[None]
-        hidden = self.head.hidden(input_ids=ids.repeat(1, 2), position_ids=position)[0]
-        if not bool(torch.isfinite(hidden).all()):
+        self.idle()  # FSDP wants the root to be the first that runs
+        prompt = list(prompt[:64])
+        n, alone = len(prompt), self.hidden_of(prompt)
+        if not bool(torch.isfinite(alone).all()):
             raise ValueError(
                 f"{type(self.model).__name__} gives hidden states that are not numbers: its weights are broken"
             )
-        self.head.check(ids)
-        error = float((hidden[n:] - hidden[:n]).abs().max() / hidden[:n].abs().max())
-        if not error < 1e-3:
-            raise ValueError(
-                f"{type(self.model).__name__} does not keep packed sequences apart: the second copy of a prompt in a "
-                f"row differs from the first by {error:.2g} of its size; it cannot be trained with packing"
-            )
+        low = self.low_precision
+        with self.whole_weights():
+            ids = torch.tensor([prompt], device=self.device)
+            FusedHead(self.model).check(
+                ids, tolerance=0.25 if low else 1e-2
+            )  # in bfloat16 a logit of 30 is off by 0.06
+            position = torch.arange(n, device=self.device)
+            rows = torch.stack([ids[0].repeat(2), torch.cat([ids[0], torch.zeros_like(ids[0])])])
+            places = torch.stack([position.repeat(2), torch.cat([position, torch.zeros_like(position)])])
+            packed = self._hidden(rows, places).float()
+        size = alone.abs().max()
+        for found, where in (
+            (packed[0, :n], "before another"),
+            (packed[0, n:], "after another"),
+            (packed[1, :n], "before padding"),
+        ):
+            error = float((found - alone).abs().max() / size)
+            if not error < (0.05 if low else 1e-3):
+                raise ValueError(
+                    f"{type(self.model).__name__} does not keep packed sequences apart: a prompt that stands {where} "
+                    f"in a row differs from the same alone by {error:.2g} of its size; it cannot be trained with "
+                    "packing"
+                )
 
     def token_stats(self, batch: MicroBatch, token_T: Tensor, *, collision: bool = False) -> TokenStats:
         """Statistics of the N response tokens of a micro-batch, differentiable. `token_T` are the rollouts' tokens."""
-        target_N = token_T[batch.token_N].to(self.device)
-        batch = batch.to(self.device)
-        return self.head(
-            target_N,
-            batch.source_N,
-            input_ids=batch.input_BL,
-            position_ids=batch.position_BL,
-            temperature=self.temperature,
-            collision=collision,
-        )
+        return TokenStats(**self._run(batch, token_T, collision=collision))
 
     def stats_and_clamped_entropy(self, batch: MicroBatch, token_T: Tensor, share: float) -> tuple[TokenStats, Tensor]:
         """As `token_stats`, and the entropy of each row without the least likely `share` of the vocabulary (AEnt)."""
+        fields = self._run(batch, token_T, clamped_share=share)
+        clamped_N = fields.pop("clamped")
+        return TokenStats(**fields), clamped_N
+
+    @torch.no_grad()
+    def stats_and_reference(self, batch: MicroBatch, token_T: Tensor) -> tuple[TokenStats, TokenStats]:
+        """Statistics of a few response tokens, collision sums included, from the fused op and from logits of the same
+        hidden rows."""
+        fields = self._run(batch, token_T, collision=True, reference=True)
+        reference = {name: fields.pop(f"reference_{name}") for name in list(fields) if f"reference_{name}" in fields}
+        return TokenStats(**fields), TokenStats(**reference)
+
+    def idle(self) -> Tensor:
+        """A pass over one token that is worth nothing, for a rank without work while others have some: they wait for
+        each other in every block. Backward through the zero it returns."""
+        return 0.0 * self._run(idle_batch(0), torch.zeros(1, dtype=torch.int64))["logprob_T"].sum()
+
+    def _run(self, batch: MicroBatch, token_T: Tensor, **options: Any) -> dict[str, Tensor]:
         target_N = token_T[batch.token_N].to(self.device)
         batch = batch.to(self.device)
-        hidden_BLH = self.head.hidden(input_ids=batch.input_BL, position_ids=batch.position_BL)
-        hidden_NH = hidden_BLH.flatten(0, -2).index_select(0, batch.source_N)
-        stats = self.head.stats(hidden_NH, target_N, temperature=self.temperature)
-        return stats, self.head.clamped_entropy(hidden_NH, share=share, temperature=self.temperature)
+        return self.model.token_stats(target_N, batch.source_N, batch.input_BL, batch.position_BL, **options)
+
+    def _stats(
+        self, target_N: Tensor, source_N: Tensor, input_BL: Tensor, position_BL: Tensor, **options: Any
+    ) -> dict[str, Tensor]:
+        """What the root runs: backbone, then the head at the rows that are asked for."""
+        hidden_NH = self._hidden(input_BL, position_BL).flatten(0, -2).index_select(0, source_N)
+        return self.model.get_output_embeddings().row_stats(hidden_NH, target_N, **options)
+
+    def _hidden(self, input_BL: Tensor, position_BL: Tensor) -> Tensor:
+        """The backbone's output [B, L, H], in which no sequence of a row sees another."""
+        if not self.one_row:
+            return self.head.hidden(input_ids=input_BL, position_ids=position_BL)
+        row = self.head.hidden(input_ids=input_BL.reshape(1, -1), position_ids=position_BL.reshape(1, -1))
+        return row.unflatten(1, input_BL.shape)[0]
+
+    def _row_stats(
+        self,
+        hidden_NH: Tensor,
+        target_N: Tensor,
+        *,
+        collision: bool = False,
+        clamped_share: float = 0.0,
+        reference: bool = False,
+    ) -> dict[str, Tensor]:
+        """What the head runs; a dict, in which FSDP finds the tensors that a backward pass may begin at."""
+        stats = self.head.stats(hidden_NH, target_N, temperature=self.temperature, collision=collision)
+        fields = stats.as_dict()
+        if clamped_share:
+            fields["clamped"] = self.head.clamped_entropy(hidden_NH, share=clamped_share, temperature=self.temperature)
+        if reference:
+            from_logits = self.head.reference_stats(
+                hidden_NH, target_N, temperature=self.temperature, collision=collision
+            )
+            fields |= {f"reference_{name}": value for name, value in from_logits.as_dict().items()}
+        return fields
 
     @torch.no_grad()
     def score(self, rollouts: Rollouts, tokens_per_microbatch: int) -> TokenStats:
-        """Statistics, collision sums included, of all T response tokens in the rollouts' own order, on the CPU."""
+        """Statistics, collision sums included, of all T response tokens in the rollouts' own order, on the CPU.
+
+        Ranks share the rollouts out by length, and all get the statistics of all.
+        """
         self.model.eval()
-        batches = pack(rollouts, range(rollouts.R), tokens_per_microbatch)
+        mine = balanced(sequence_lengths(rollouts, range(rollouts.R)), self.ranks.size)[self.ranks.rank]
+        batches = pack(rollouts, mine, tokens_per_microbatch)
+        most = self.ranks.largest(len(batches))  # asked before any runs: a rank that runs waits for the others
         parts = [self.token_stats(batch, rollouts.token_T, collision=True).to("cpu") for batch in batches]
-        where_T = torch.argsort(torch.cat([batch.token_N for batch in batches]))
-        return TokenStats.cat(parts).index(where_T)
+        for _ in range(len(batches), most):
+            self.idle()
+        own = {name: torch.cat([getattr(part, name) for part in parts]) for name in parts[0].as_dict()} if parts else {}
+        own_token = torch.cat([batch.token_N for batch in batches]) if batches else torch.zeros(0, dtype=torch.int64)
+        found = [(token_N, TokenStats(**fields)) for token_N, fields in self.ranks.gather((own_token, own)) if fields]
+        where_T = torch.argsort(torch.cat([token_N for token_N, _ in found]))
+        return TokenStats.cat([stats for _, stats in found]).index(where_T)
+
+    def weights(self) -> Iterator[tuple[str, Tensor]]:
+        """Every tensor whole, by the name it is loaded under, with adapters merged; all ranks iterate together."""
+        return named_weights(self.model)
 
     def save(self, folder: Path) -> None:
         """Writes a Hugging Face folder (safetensors and tokenizer) that `model.path`, vLLM and transformers load."""
         disable_progress_bar()
-        self.model.save_pretrained(folder)
-        self.tokenizer.save_pretrained(folder)
+        if is_sharded(self.model) or has_adapters(self.model):
+            export(self.model, folder, self.ranks)
+        else:
+            self.model.save_pretrained(folder)
+        if self.ranks.main:
+            self.tokenizer.save_pretrained(folder)
 
 
 def _as_list(value: int | list[int] | None) -> list[int | None]:

@@ -16,8 +16,9 @@ from typing import Any
 import jinja2
 
 from entrocraft.train.arms_figure import plot_arms
+from entrocraft.train.eval_figure import plot_over_prompts
 from entrocraft.train.figures import Rows, column, plot_run
-from entrocraft.train.metrics import METRICS_FILE, read_events, read_metrics
+from entrocraft.train.metrics import METRICS_FILE, read_evaluations, read_events, read_metrics, read_samples
 from entrocraft.train.report_page import COMPARE_PAGE, REPORT_PAGE
 
 __all__ = ["compare_runs", "plot_arms", "summarise", "write_report"]
@@ -28,6 +29,10 @@ _DECISIONS = 12
 """Last decisions of the controller shown on the page."""
 _EVENTS = 20
 """Last events shown on the page; all are counted."""
+_SAMPLES = 12
+"""Last saved rollouts shown on the page, of training and of evaluation each."""
+_SAMPLE_LENGTH = 1_500
+"""Characters of a prompt or response shown; `samples.jsonl` has all of it."""
 _HIDDEN = ("step", "reason")
 """Columns of metrics.jsonl that the table of final numbers leaves out."""
 
@@ -50,9 +55,11 @@ def write_report(run_dir: str | Path) -> Path:
         picture=_data_uri(curves),
         metrics=_metric_table(rows),
         evaluations=_evaluation_table(rows),
+        evaluation_picture=_evaluation_picture(run_dir),
         decisions=[row for row in rows if row.get("reason")][-_DECISIONS:][::-1],
         event_counts=Counter(str(event.get("kind")) for event in events).most_common(),
         events=events[-_EVENTS:][::-1],
+        samples=_samples(run_dir),
         config=config.read_text(encoding="utf-8") if config.is_file() else None,
     )
     path = run_dir / "report.html"
@@ -148,11 +155,38 @@ def _evaluation_names(rows: Rows) -> list[str]:
 
 
 def _evaluation_table(rows: Rows) -> dict[str, Any] | None:
-    names = _evaluation_names(rows)
+    every = _evaluation_names(rows)
+    # Of several sets the page shows the means; the rest is in the metrics and in evaluations.jsonl.
+    names = every if len(every) <= 12 else [name for name in every if name.endswith("accuracy") or "pass_at" in name]
     if not names:
         return None
-    evaluated = [row for row in rows if any(row.get(name) is not None for name in names)]
+    if any("prompts" in row for row in rows):
+        names = ["prompts", *names]
+    evaluated = [row for row in rows if any(row.get(name) is not None for name in every)]
     return {"names": names, "rows": [[row["step"], *(row.get(name) for name in names)] for row in evaluated]}
+
+
+def _evaluation_picture(run_dir: Path) -> str | None:
+    """The curves over training prompts, also written to `evaluations.png`; None before the second evaluation."""
+    evaluations = read_evaluations(run_dir)
+    if len({row["step"] for row in evaluations}) < 2:
+        return None
+    picture = run_dir / "evaluations.png"
+    plot_over_prompts(evaluations, picture)
+    return _data_uri(picture)
+
+
+def _samples(run_dir: Path) -> list[dict[str, Any]]:
+    """The newest saved rollouts, of training first, texts cut to a readable length."""
+    rows = read_samples(run_dir)
+    kinds = ("training", "evaluation")
+    newest = [row for kind in kinds for row in [row for row in rows if row.get("kind") == kind][-_SAMPLES:]]
+    return [row | {name: _cut(str(row.get(name, ""))) for name in ("prompt", "response")} for row in newest]
+
+
+def _cut(text: str) -> str:
+    half = _SAMPLE_LENGTH // 2
+    return text if len(text) <= _SAMPLE_LENGTH else f"{text[:half]}\n[...]\n{text[-half:]}"
 
 
 def _metric_table(rows: Rows) -> list[tuple[str, float, float, float, float, float]]:

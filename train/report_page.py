@@ -46,6 +46,10 @@ bold one its moving average over a twentieth of the steps; points are evaluation
 
 {% if evaluations %}
 <h2>Evaluations on held-out prompts</h2>
+{% if evaluation_picture %}
+<img alt="Evaluations over training prompts" src="{{ evaluation_picture }}">
+<p class="quiet">Shaded: 95 % intervals over resampled problems.</p>
+{% endif %}
 <div class="wide"><table id="evaluations">
 <tr><th>step</th>{% for name in evaluations.names %}<th>{{ name | spoken }}</th>{% endfor %}</tr>
 {% for row in evaluations.rows %}
@@ -78,6 +82,21 @@ bold one its moving average over a twentieth of the steps; points are evaluation
 </table></div>
 {% else %}
 <p class="quiet">None: no step was skipped, no prompt dropped, no reward timed out.</p>
+{% endif %}
+
+{% if samples %}
+<details>
+<summary>Samples of rollouts</summary>
+<div class="wide"><table id="samples">
+<tr><th>step</th><th class="text">of</th><th>reward</th><th>tokens</th><th class="text">prompt, gold answer,
+response</th></tr>
+{% for row in samples %}
+<tr><td>{{ row.step }}</td><td class="text">{{ row.kind }}{% if row.get("set") %} ({{ row.get("set") }}){% endif %}</td>
+<td>{{ row.reward | shown }}</td><td>{{ row.tokens | shown }}{% if row.get("truncated") %}, cut off{% endif %}</td>
+<td class="text"><pre>{{ row.prompt }}</pre><pre>{{ row.answer }}</pre><pre>{{ row.response }}</pre></td></tr>
+{% endfor %}
+</table></div>
+</details>
 {% endif %}
 
 <details open>

@@ -5,14 +5,16 @@ Apart from `train/rewards.py` so that a worker can be started from this module a
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
+import inspect
 import math
 import multiprocessing
 import os
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from multiprocessing.context import ForkServerContext, ForkServerProcess
 from typing import Any, NamedTuple
 
@@ -34,38 +36,84 @@ LARGEST_SCORE = 3.4028234e38
 """Largest finite fp32: rewards are kept in that type."""
 
 
+AT_ONCE = 64
+"""Calls of an async reward that wait together, at most."""
+
+
+def is_async(reward: Reward) -> bool:
+    """Whether calling the reward gives something to await."""
+    return inspect.iscoroutinefunction(reward) or inspect.iscoroutinefunction(type(reward).__call__)
+
+
 def judge(reward: Reward, row: Row) -> Verdict:
     """Call the reward once and never raise, except for Ctrl-C in a process that listens to it."""
     try:
-        value: Any = reward(*row)
-        if value is None:
-            return Verdict()
-        # float("1.0") would work, but a reward that returns text has a bug worth hearing about.
-        score = math.nan if isinstance(value, str | bytes) else float(value)
+        return _verdict(reward(*row))
     except KeyboardInterrupt:
         raise
     except BaseException as error:  # sys.exit() in a grader must not end the worker
-        return Verdict(error=f"{type(error).__name__}: {error}"[:500])
+        return _failure(error)
+
+
+def _verdict(value: Any) -> Verdict:
+    if value is None:
+        return Verdict()
+    # float("1.0") would work, but a reward that returns text has a bug worth hearing about.
+    score = math.nan if isinstance(value, str | bytes) else float(value)
     if not abs(score) <= LARGEST_SCORE:
         return Verdict(error=f"the reward returned {value!r:.200}, expected a number that fits into fp32, or None")
     return Verdict(score=score)
 
 
-_reward: Reward | None = None
+def _failure(error: BaseException) -> Verdict:
+    return Verdict(error=f"{type(error).__name__}: {error}"[:500])
+
+
+async def _judge_all(reward: Any, rows: Sequence[Row], timeout_s: float) -> list[Verdict]:
+    places = asyncio.Semaphore(AT_ONCE)
+
+    async def one(row: Row) -> Verdict:
+        async with places:
+            limit = asyncio.timeout(timeout_s)
+            try:
+                async with limit:
+                    return _verdict(await reward(*row))
+            except KeyboardInterrupt:
+                raise
+            except BaseException as error:
+                # A TimeoutError of the reward's own, as of a connection, is an error; ours is a time-out.
+                return Verdict(timed_out=True) if limit.expired() else _failure(error)
+
+    return list(await asyncio.gather(*map(one, rows)))
+
+
+def judge_rows(reward: Reward, rows: Sequence[Row], timeout_s: float) -> list[Verdict]:
+    """Verdicts in order. An async reward is awaited for many rows at once, each at most `timeout_s` long; a plain one
+    is called row by row, and whoever calls this sees to its time."""
+    if not is_async(reward):
+        return [judge(reward, row) for row in rows]
+    # One loop for the life of the process: a reward may keep a connection open from one batch to the next.
+    global _runner
+    _runner = _runner or asyncio.Runner()
+    return _runner.run(_judge_all(reward, rows, timeout_s))
+
+
+_runner: asyncio.Runner | None = None
+_rewards: list[Reward] = []
 _load_error: str | None = None
 
 
-def prepare(reward_name: str) -> None:
-    """Load the reward, once, when the worker starts; its import does not count against any time limit."""
-    global _reward, _load_error
+def prepare(reward_names: Sequence[str]) -> None:
+    """Load the rewards, once, when the worker starts; their import does not count against any time limit."""
+    global _rewards, _load_error
     threading.Thread(target=_end_with_parent, daemon=True).start()
     try:
-        _reward = load_reward(reward_name)
+        _rewards = [load_reward(name) for name in reward_names]
     except Exception as error:  # told by load_error(); a worker that dies here would be restarted for ever
         _load_error = str(error)
     else:
-        if reward_name == "math_verify":  # compiles its regular expressions: 0.2 s
-            judge(_reward, ("1", "1", ""))
+        if "math_verify" in reward_names:  # compiles its regular expressions: 0.2 s
+            judge(load_reward("math_verify"), ("1", "1", ""))
 
 
 def _end_with_parent() -> None:
@@ -77,15 +125,15 @@ def _end_with_parent() -> None:
 
 
 def load_error() -> str | None:
-    """Why the worker has no reward, or None if all is well."""
+    """Why the worker has no rewards, or None if all is well."""
     return _load_error
 
 
-def judge_chunk(rows: list[Row]) -> tuple[list[Verdict], float]:
-    """The verdicts on a chunk, and the seconds they took."""
-    assert _reward is not None, "prepare() ran and load_error() was asked before any chunk"
+def judge_chunk(which: int, rows: list[Row], timeout_s: float) -> tuple[list[Verdict], float]:
+    """The verdicts of reward number `which` on a chunk, and the seconds they took."""
+    assert _rewards, "prepare() ran and load_error() was asked before any chunk"
     start = time.perf_counter()
-    verdicts = [judge(_reward, row) for row in rows]
+    verdicts = judge_rows(_rewards[which], rows, timeout_s)
     return verdicts, time.perf_counter() - start
 
 

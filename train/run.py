@@ -1,12 +1,11 @@
 """Everything a run holds: what is built once before the first step, and what a checkpoint must bring back."""
 
-import fcntl
-import time
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 
 from entrocraft import Decision, Rollouts, TokenStats
 from entrocraft.advantages import build as build_advantage
@@ -14,105 +13,98 @@ from entrocraft.advantages import members
 from entrocraft.losses import AGGREGATIONS
 from entrocraft.methods import Signal, State
 from entrocraft.registry import lookup
+from entrocraft.train import data_record
 from entrocraft.train.checkpoint import CheckpointFolder
+from entrocraft.train.checkpoint_files import value_of
 from entrocraft.train.config import Config
-from entrocraft.train.config_reader import differences, save_config, to_dict
 from entrocraft.train.control import build_controller, build_method
-from entrocraft.train.data import Problem, PromptOrder, drop_long, encode_prompts, load_problems
+from entrocraft.train.data import PromptOrder
+from entrocraft.train.drawing import Drawing
+from entrocraft.train.engines import build_engine
 from entrocraft.train.errors import NonFiniteError, TrainingStopped
-from entrocraft.train.metrics import EVENTS_FILE, METRICS_FILE, MetricsLog
+from entrocraft.train.evaluation import sampling_settings
+from entrocraft.train.layers import use_liger
+from entrocraft.train.loading import load
+from entrocraft.train.metrics import MetricsLog
+from entrocraft.train.mismatch import MismatchWatch, build_importance
+from entrocraft.train.parallel import Ranks
 from entrocraft.train.policy import Policy, choose_device
-from entrocraft.train.rewards import load_reward
-from entrocraft.train.sampling import HuggingFaceEngine
+from entrocraft.train.problem_sets import Problems
+from entrocraft.train.reference import Reference, divergence
+from entrocraft.train.rewards import RewardPool
+from entrocraft.train.run_folder import RunFolder
+from entrocraft.train.spread import SpreadEngine
 from entrocraft.train.step import Learning
+from entrocraft.waves import Waves
 
 # First entry after the seed of each random stream: what is drawn for one purpose never depends on what another drew.
 SAMPLE, EVALUATE = 1, 2
 
-# Settings that may change when a run goes on: they decide how long, how often and where, not what a step computes.
-_FREE_ON_RESUME = ("run_dir", "resume", "checkpoint.", "evaluation.", "reward.workers")
-
-
-def load_prompts(path: str, policy: Policy, config: Config) -> tuple[list[Problem], list[tuple[int, ...]], int]:
-    """Problems of a file, their prompts as token ids, and how many were dropped as too long.
-
-    Raises ValueError when prompt and response cannot both fit into the model's context.
-    """
-    data = config.data
-    room = policy.context - config.sampling.max_response_tokens
-    if room < 1:
-        raise ValueError(
-            f"sampling.max_response_tokens = {config.sampling.max_response_tokens}: the model's context of "
-            f"{policy.context} tokens has no room left for a prompt; lower it"
-        )
-    problems = load_problems(
-        path,
-        prompt_field=data.prompt_field,
-        answer_field=data.answer_field,
-        prompt_template=data.prompt_template,
-        answer_pattern=data.answer_pattern or None,
-        limit=data.limit,
-    )
-    limit = min(data.max_prompt_tokens, room)
-    try:
-        encoded = encode_prompts(
-            problems,
-            policy.tokenizer,
-            chat_template=data.chat_template,
-            max_prompt_tokens=limit,
-            on_long=data.on_long,
-        )
-    except ValueError as error:
-        if limit == data.max_prompt_tokens:
-            raise
-        response = config.sampling.max_response_tokens
-        raise ValueError(
-            f"{error} (the limit is the model's context of {policy.context} tokens less {response} for the response)"
-        ) from None
-    kept, prompts, dropped = drop_long(problems, encoded)
-    return kept, prompts, len(dropped)
-
 
 class Run:
-    """One training run on one process."""
+    """One training run, as one of its processes holds it. All construct it and call its methods together."""
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config, ranks: Ranks | None = None, device: torch.device | None = None) -> None:
         if config.data.train is None:
             raise ValueError("data.train is empty: give a JSONL file, e.g. --data.train problems.jsonl")
         self.config = config
+        self.ranks = ranks or Ranks()
         self.dir = Path(config.run_dir)
-        self.checkpoints = CheckpointFolder(self.dir, keep=config.checkpoint.keep)
-        self._refuse_or_compare()
+        self.checkpoints = CheckpointFolder(
+            self.dir,
+            keep=config.checkpoint.keep,
+            ranks=self.ranks,
+            best=bool(config.checkpoint.best),
+            asynchronous=config.checkpoint.asynchronous,
+            patience_s=config.parallel.timeout_s,
+        )
+        self.folder = RunFolder(config, self.ranks)
+        self.folder.refuse_or_compare(self.checkpoints)
         # Mistakes first, slow things after.
         self.method = build_method(config)
         self.method_state: State = {}
-        load_reward(config.reward.name)
+        self.importance = build_importance(config.importance)
+        self.mismatch = MismatchWatch(config.mismatch)
+        RewardPool.of(config.reward)
         self.advantage = build_advantage(config.loss.advantage, **config.loss.advantage_options)
         torch.manual_seed(config.seed)
-        device = choose_device(config.device)
-        self.policy = Policy.load(
-            config.model, temperature=config.sampling.temperature, device=device, seed=config.seed
+        device = device or choose_device(config.device)
+        model, tokenizer = load(
+            config.model, config.parallel, config.lora, device=device, size=self.ranks.size, seed=config.seed
         )
+        self.policy = Policy(model, tokenizer, temperature=config.sampling.temperature, device=device, ranks=self.ranks)
+        self.reference = Reference.load(config, self.policy, self.ranks, device)
         self.controller, self.aggregation = build_controller(config, vocab_size=self.policy.vocab_size)
         lookup(AGGREGATIONS, self.aggregation, "aggregation (loss.aggregation)")
-        self.engine = HuggingFaceEngine(
-            self.policy.model, config.sampling, eos_ids=self.policy.eos_ids, pad_id=self.policy.pad_id
+        self.data = Problems.load(config, self.policy.tokenizer, context=self.policy.context)
+        self.problems, self.prompts, self.held_out = (
+            self.data.train.problems,
+            self.data.train.prompts,
+            self.data.held_out,
         )
-        self.problems, self.prompts, self.dropped = load_prompts(config.data.train, self.policy, config)
-        self.held_out, self.held_out_prompts, self.held_out_dropped = [], [], 0
-        if config.data.eval is not None:
-            self.held_out, self.held_out_prompts, self.held_out_dropped = load_prompts(
-                config.data.eval, self.policy, config
-            )
+        if self.checkpoints.whole():
+            data_record.compare(self.dir, self.data)
         self._check_sizes()
         self.policy.check(self.prompts[0])
-        self.order = PromptOrder(len(self.problems), config.seed)
+        self.liger = use_liger(self.policy, config.model, self.prompts[0][:64])
+        self.engine = SpreadEngine(build_engine(config, self.policy), self.policy)
+        self.order = PromptOrder(len(self.problems), config.seed, shuffle=config.data.shuffle)
+        self.drawing = Drawing(
+            self.engine,
+            self.order,
+            self.prompts,
+            samples_per_prompt=config.batch.samples_per_prompt,
+            stream=(config.seed, SAMPLE),
+            ahead=config.engine.overlap,
+        )
         self.optimizer = torch.optim.AdamW(
-            self.policy.model.parameters(),
+            [parameter for parameter in self.policy.model.parameters() if parameter.requires_grad],
             lr=config.optimizer.lr,
             betas=config.optimizer.betas,
             weight_decay=config.optimizer.weight_decay,
         )
+        self.waves = _waves(config)
+        self.last_direction = 0
         self.step = 0
         self.samples = 0
         self.bad_in_a_row = 0
@@ -125,37 +117,18 @@ class Run:
                 f"batch.prompts_per_step = {batch.prompts_per_step}: {self.config.data.train} has only "
                 f"{len(self.problems)} usable problems; lower it or give more"
             )
-        prompt = max(map(len, [*self.prompts, *self.held_out_prompts]))
-        response = self.config.sampling.max_response_tokens
-        if prompt + response - 1 > batch.tokens_per_microbatch:  # the last token of a response is not fed
-            raise ValueError(
-                f"batch.tokens_per_microbatch = {batch.tokens_per_microbatch}: the longest prompt of {prompt} tokens "
-                f"and a response of sampling.max_response_tokens = {response} do not fit; expected at least "
-                f"{prompt + response - 1}"
-            )
-
-    def _refuse_or_compare(self) -> None:
-        whole = self.checkpoints.whole()
-        metrics = self.dir / METRICS_FILE
-        if self.config.resume == "never" and (whole or (metrics.exists() and metrics.stat().st_size)):
-            held = whole[-1].name if whole else "no checkpoint yet, but metrics"
-            raise ValueError(
-                f"run_dir = {self.config.run_dir!r} already holds a run ({held}); go on with --resume auto, or choose "
-                "another run_dir"
-            )
-        if not whole:
-            return
-        schedule = self.config.entropy.schedule
-        free = _FREE_ON_RESUME
-        if schedule.steps is not None or schedule.kind in ("constant", "piecewise"):
-            free = (*free, "optimizer.steps")  # else it would stretch the curve
-        old = yaml.safe_load((self.dir / "config.yaml").read_text())
-        changed = [line for line in differences(old, to_dict(self.config)) if not line.startswith(free)]
-        if changed:
-            raise ValueError(
-                f"cannot resume {self.config.run_dir!r} with other settings, the curves would not be of one run: "
-                f"{'; '.join(changed)}. Restore them, or choose another run_dir"
-            )
+        scored = {"sampling": (self.prompts, self.config.sampling.max_response_tokens)}
+        if self.held_out and self.config.evaluation.entropy:
+            prompts = [prompt for held in self.held_out for prompt in held.prompts]
+            scored["evaluation"] = (prompts, sampling_settings(self.config).max_response_tokens)
+        for name, (prompts, response) in scored.items():
+            prompt = max(map(len, prompts))
+            if prompt + response - 1 > batch.tokens_per_microbatch:  # the last token of a response is not fed
+                raise ValueError(
+                    f"batch.tokens_per_microbatch = {batch.tokens_per_microbatch}: the longest prompt of {prompt} "
+                    f"tokens and a response of {name}.max_response_tokens = {response} do not fit; expected at least "
+                    f"{prompt + response - 1}"
+                )
 
     def resume(self) -> int | None:
         """Loads the newest whole checkpoint, if any, and returns its step."""
@@ -166,38 +139,33 @@ class Run:
         self.order.load_state_dict(state["order"])
         self.controller.load_state_dict(state["controller"])
         self.method_state = state["method"]
+        self.drawing.load_state_dict(state.get("drawn"))
+        self.mismatch.load_state_dict(state.get("mismatch", {"usual": [], "unusual": []}))
+        self.last_direction = state["last_direction"]
+        if self.waves is not None:
+            self.waves.load_state_dict(state["waves"])
         return self.step
 
     def begin(self, resumed: int | None) -> None:
-        """Takes the run's folder for this process, and writes the resolved configuration into it.
-
-        A record without a checkpoint to go on from is set aside under another name, not written over. Raises ValueError
-        when another process is training in this folder.
-        """
-        self.dir.mkdir(parents=True, exist_ok=True)
-        self._lock = (self.dir / ".lock").open("w")
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ValueError(
-                f"run_dir = {self.config.run_dir!r} is in use by another process; stop it, or choose another run_dir"
-            ) from None
-        self.checkpoints.remove_unfinished()
-        metrics = self.dir / METRICS_FILE
-        if resumed is None and metrics.exists() and metrics.stat().st_size:
-            mark = time.strftime("before-%Y%m%d-%H%M%S")
-            for name in (METRICS_FILE, EVENTS_FILE, "config.yaml"):
-                if (self.dir / name).exists():
-                    (self.dir / name).rename(self.dir / f"{name}.{mark}")
-        aside = self.dir / "config.yaml.writing"
-        save_config(self.config, aside)
-        aside.replace(self.dir / "config.yaml")
+        """Takes the run's folder, as `RunFolder.take` does."""
+        self.folder.take(resumed, self.checkpoints)
+        if self.ranks.main:
+            data_record.write(self.dir, self.data)
 
     def end(self) -> None:
-        """Lets go of the run's folder."""
-        self._lock.close()
+        """Lets go of the engine and of the run's folder, when the last checkpoint is written."""
+        self.drawing.close()
+        self.engine.close()
+        self.checkpoints.close()
+        self.folder.release()
 
-    def save(self) -> Path:
+    def value(self, row: Mapping[str, Any]) -> float | None:
+        """How good the present step is by `checkpoint.best`, from its metrics. ValueError for a name they should have
+        and do not."""
+        best = self.config.checkpoint.best
+        return value_of(best, row, evaluated=self.evaluation_due()) if best else None
+
+    def save(self, value: float | None = None) -> Path:
         """Writes a checkpoint of the present state."""
         state: dict[str, Any] = {
             "samples": self.samples,
@@ -205,8 +173,12 @@ class Run:
             "order": self.order.state_dict(),
             "controller": self.controller.state_dict(),
             "method": dict(self.method_state),
+            "drawn": self.drawing.state_dict(),
+            "mismatch": self.mismatch.state_dict(),
+            "last_direction": self.last_direction,
+            "waves": None if self.waves is None else self.waves.state_dict(),
         }
-        return self.checkpoints.save(self.step, self.policy.model, self.optimizer, state)
+        return self.checkpoints.save(self.step, self.policy.model, self.optimizer, state, value)
 
     def set_learning_rate(self) -> float:
         """Sets and returns the learning rate of the present step: linear warm-up from 0, then constant."""
@@ -238,6 +210,7 @@ class Run:
             config=self.config,
             step=self.step,
             member_R=members(self.advantage, reward_R, rollouts.group_R),
+            importance=self.importance,
         )
         objective = learning.objective(rollouts, stats, stats.logprob_T, advantage_R, None, learning.member_R)
         decision = self.controller.decide(
@@ -252,16 +225,21 @@ class Run:
             temperature=self.config.sampling.temperature,
             sample_R=rollouts.sample_R,
         )
-        return decision, learning
+        self.ranks.agree(
+            f"the decision of step {self.step}",
+            (decision.keep_T, decision.advantage_R, decision.reason, entropy, dict(self.method_state)),
+        )
+        if self.reference is None:
+            return decision, learning
+        penalty = self.reference.penalty(rollouts, stats, decision, self.config.batch.tokens_per_microbatch)
+        metrics = {**decision.metrics, "reference_kl": divergence(penalty, stats, rollouts.mask_T)}
+        return replace(decision, metrics=metrics), replace(learning, penalty=penalty)
 
-    def evaluation_options(self) -> dict[str, Any]:
-        """Keyword arguments of `evaluate` for the present step."""
-        return {
-            "samples": self.config.evaluation.samples,
-            "temperature": self.config.evaluation.temperature,
-            "tokens_per_microbatch": self.config.batch.tokens_per_microbatch,
-            "stream": (self.config.seed, EVALUATE, self.step),
-        }
+    def evaluation_due(self) -> bool:
+        """Whether the present step ends with an evaluation."""
+        last = self.step == self.config.optimizer.steps
+        due = last or self.config.evaluation.due(self.step, self.config.batch.prompts_per_step)
+        return bool(self.held_out) and due
 
     def skip_step(self, rollouts: Rollouts, reward_R: torch.Tensor, reason: str, log: MetricsLog) -> None:
         """Leaves the rest of a step out: counts it, writes an event, and the batch to `bad_batches/` for inspection.
@@ -271,6 +249,8 @@ class Run:
         self.optimizer.zero_grad(set_to_none=True)
         self.controller.forget_prediction()  # no gain is learnt from an update that was not made
         self.bad_in_a_row += 1
+        if not self.ranks.main:
+            return
         path = self.dir / "bad_batches" / f"step_{self.step:06d}.pt"
         path.parent.mkdir(exist_ok=True)
         batch = {name: getattr(rollouts, name) for name in ("token_T", "rollout_T", "mask_T", "group_R", "sample_R")}
@@ -280,6 +260,7 @@ class Run:
     def stop_for_bad_steps(self) -> None:
         """Saves, then raises TrainingStopped: too many steps in a row could not be trained on."""
         saved = self.save()
+        self.checkpoints.wait()
         raise TrainingStopped(
             f"{self.bad_in_a_row} steps in a row could not be trained on, the last at step {self.step}: a loss, "
             "gradient or score that is not a number, or no verdict on any rollout. Reasons are in events.jsonl, "
@@ -287,33 +268,17 @@ class Run:
             "data, the reward or optimizer.lr; --resume auto goes on from there"
         )
 
-    def batch_table(self) -> list[tuple[str, str]]:
-        """What follows from the four batch numbers, in words."""
-        batch, loss, steps = self.config.batch, self.config.loss, self.config.optimizer.steps
-        epochs = steps * batch.prompts_per_step / len(self.problems)
-        longest = self.config.sampling.max_response_tokens
-        return [
-            (
-                "rollouts a step",
-                f"{batch.prompts_per_step} prompts x {batch.samples_per_prompt} = {batch.rollouts_per_step}",
-            ),
-            (
-                "optimizer updates a step",
-                f"{batch.updates_per_step} x {loss.passes} = {batch.updates_per_step * loss.passes}",
-            ),
-            ("rollouts an update", f"{batch.rollouts_per_update}"),
-            ("response tokens a step", f"at most {batch.rollouts_per_step * longest:,}"),
-            ("tokens a forward pass", f"at most {batch.tokens_per_microbatch:,}"),
-            (
-                "steps",
-                f"{steps}, {steps * batch.rollouts_per_step:,} training samples, {epochs:.1f} passes over the prompts",
-            ),
-            (
-                "problems",
-                f"{len(self.problems)} to train on ({self.dropped} dropped as too long), {len(self.held_out)} held out "
-                f"({self.held_out_dropped} dropped)",
-            ),
-        ]
+
+def _waves(config: Config) -> Waves | None:
+    if not config.refill.oversample:
+        return None
+    batch, refill = config.batch, config.refill
+    return Waves(
+        batch.rollouts_per_step,
+        batch.samples_per_prompt,
+        max_waves=refill.max_waves,
+        max_factor=refill.max_factor,
+    )
 
 
 def check_finite(stats: TokenStats) -> None:

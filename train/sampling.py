@@ -1,12 +1,15 @@
 """Rollout engines: prompts in, `Rollouts` out."""
 
+import copy
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import GenerationConfig
+from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
+from transformers.generation.logits_process import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from entrocraft import Rollouts
 from entrocraft.train.config import SamplingConfig
@@ -16,8 +19,11 @@ from entrocraft.train.errors import NonFiniteError
 class RolloutEngine(Protocol):
     """What the loop needs of anything that can generate."""
 
-    def publish(self, version: int) -> None:
-        """Makes the policy's present weights the ones that are sampled from, under this version number."""
+    def publish(self, version: int) -> dict[str, float]:
+        """Makes the policy's present weights the ones that are sampled from, under this version number.
+
+        Called by all ranks. Returns metrics. Raises PublicationError when they did not arrive whole.
+        """
         ...
 
     def sample(
@@ -27,10 +33,54 @@ class RolloutEngine(Protocol):
         *,
         stream: Sequence[int],
         temperature: float | None = None,
+        settings: SamplingConfig | None = None,
+        first_prompt: int = 0,
     ) -> Rollouts:
         """Draws `samples_per_prompt` responses to each prompt. Equal weights, prompts and `stream` give equal
-        rollouts."""
+        rollouts. `settings` stand in for the engine's own (evaluation). These prompts are number `first_prompt` and
+        following of a batch that is sampled in parts: an engine that can, draws for each from (`stream`, its number),
+        so that the parts do not matter."""
         ...
+
+    def rest(self) -> None:
+        """Gives back what only generation needs, until the next `publish`; not to be sampled from before it."""
+        ...
+
+    def close(self) -> None:
+        """Lets go of everything."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Response:
+    """One response as a sampler returns it: its tokens, end mark included, and their log-probabilities if it has
+    them."""
+
+    tokens: Sequence[int]
+    logprobs: Sequence[float] | None
+    ended: bool
+
+
+def assemble(
+    prompts: Sequence[tuple[int, ...]], samples_per_prompt: int, responses: Sequence[Response], version: int
+) -> Rollouts:
+    """The `Rollouts` of P x G responses, those of one prompt next to each other."""
+    group_R = torch.arange(len(prompts)).repeat_interleave(samples_per_prompt)
+    length_R = torch.tensor([len(response.tokens) for response in responses], dtype=torch.int64)
+    token_T = torch.tensor([token for response in responses for token in response.tokens], dtype=torch.int64)
+    logprobs = [value for response in responses for value in response.logprobs or ()]
+    known = bool(responses) and responses[0].logprobs is not None
+    return Rollouts(
+        token_T=token_T,
+        rollout_T=torch.arange(len(responses)).repeat_interleave(length_R),
+        mask_T=torch.ones_like(token_T, dtype=torch.bool),
+        group_R=group_R,
+        sample_R=torch.arange(samples_per_prompt).repeat(len(prompts)),
+        prompts=tuple(tuple(prompt) for prompt in prompts),
+        truncated_R=torch.tensor([not response.ended for response in responses], dtype=torch.bool),
+        weight_version=version,
+        sampler_logprob_T=torch.tensor(logprobs, dtype=torch.float32) if known else None,
+    )
 
 
 def stream_seed(*stream: int) -> int:
@@ -40,7 +90,15 @@ def stream_seed(*stream: int) -> int:
 
 class HuggingFaceEngine:
     """Generates with `transformers`' own `generate`, from the very module that is trained: nothing to copy or
-    publish."""
+    publish.
+
+    Random numbers of a prompt are a function of (stream, its number in the batch) alone, whoever else is generated
+    beside it. What remains of the company it keeps is rounding, by the padding of a shorter prompt; a token whose two
+    best draws are closer than that may differ.
+    """
+
+    uses_policy = True
+    """Sharded weights must be whole while this generates."""
 
     def __init__(self, model: Any, config: SamplingConfig, *, eos_ids: Sequence[int], pad_id: int) -> None:
         self.model = model
@@ -51,9 +109,16 @@ class HuggingFaceEngine:
         if not self.eos_ids:
             raise ValueError("the tokenizer has no end-of-sequence token: no rollout could ever end; set eos_token")
 
-    def publish(self, version: int) -> None:
+    def publish(self, version: int) -> dict[str, float]:
         """Records the version; the weights are shared with the trainer."""
         self.version = version
+        return {}
+
+    def rest(self) -> None:
+        """Keeps nothing between calls."""
+
+    def close(self) -> None:
+        """Holds nothing of its own."""
 
     def sample(
         self,
@@ -62,40 +127,58 @@ class HuggingFaceEngine:
         *,
         stream: Sequence[int],
         temperature: float | None = None,
+        settings: SamplingConfig | None = None,
+        first_prompt: int = 0,
     ) -> Rollouts:
-        """Draws R = P x G responses, with random numbers that are a function of `stream` alone.
+        """Draws R = P x G responses, prompt by prompt from the random stream (*stream, number of the prompt).
 
-        `temperature` overrides the configured one (evaluation). A response ends with its end mark, which is part of
-        it, or is truncated at `sampling.max_response_tokens`.
+        `settings` stand in for the configured ones (evaluation), `temperature` for theirs. A response ends with its
+        end mark, which is part of it, or is truncated at `max_response_tokens`.
         """
-        group_R = torch.arange(len(prompts)).repeat_interleave(samples_per_prompt)
-        rows = [prompts[g] for g in group_R.tolist()]
+        if settings is not None:
+            other = copy.copy(self)
+            other.config = settings
+            return other.sample(
+                prompts, samples_per_prompt, stream=stream, temperature=temperature, first_prompt=first_prompt
+            )
+        rows = [prompt for prompt in prompts for _ in range(samples_per_prompt)]
         size = self.config.rollouts_per_batch
         was_training = self.model.training
         self.model.eval()
-        with torch.random.fork_rng(), torch.no_grad():
-            torch.manual_seed(stream_seed(*stream))
+        with torch.no_grad():
             chunks = [
-                self._generate(rows[i : i + size], temperature or self.config.temperature)
+                self._generate(
+                    rows[i : i + size],
+                    self._drawing(
+                        [first_prompt + r // samples_per_prompt for r in range(i, min(i + size, len(rows)))],
+                        [s % samples_per_prompt for s in range(i, min(i + size, len(rows)))],
+                        samples_per_prompt,
+                        stream,
+                        temperature or self.config.temperature,
+                    ),
+                )
                 for i in range(0, len(rows), size)
             ]
         self.model.train(was_training)
-        responses = [response for chunk in chunks for response in chunk]
-        ended = torch.isin(torch.stack([response[-1] for response in responses]), torch.tensor(self.eos_ids))
-        length_R = torch.tensor([len(response) for response in responses])
-        token_T = torch.cat(responses)
-        return Rollouts(
-            token_T=token_T,
-            rollout_T=torch.arange(len(responses)).repeat_interleave(length_R),
-            mask_T=torch.ones_like(token_T, dtype=torch.bool),
-            group_R=group_R,
-            sample_R=torch.arange(samples_per_prompt).repeat(len(prompts)),
-            prompts=tuple(tuple(prompt) for prompt in prompts),
-            truncated_R=~ended,
-            weight_version=self.version,
+        responses = [response.tolist() for chunk in chunks for response in chunk]
+        ends = set(self.eos_ids)
+        return assemble(
+            prompts, samples_per_prompt, [Response(row, None, row[-1] in ends) for row in responses], self.version
         )
 
-    def _generate(self, rows: Sequence[tuple[int, ...]], temperature: float) -> list[Tensor]:
+    def _drawing(
+        self, prompts: list[int], samples: list[int], group: int, stream: Sequence[int], temperature: float
+    ) -> LogitsProcessorList:
+        """What turns logits into the token that is drawn, which it leaves with the largest of them."""
+        steps: list[LogitsProcessor] = [TemperatureLogitsWarper(temperature)]
+        if self.config.top_k:
+            steps.append(TopKLogitsWarper(self.config.top_k))
+        if self.config.top_p < 1.0:
+            steps.append(TopPLogitsWarper(self.config.top_p))
+        draw = _Draw(prompts, samples, group, stream, self.model.device, self.version)
+        return LogitsProcessorList([*steps, draw])
+
+    def _generate(self, rows: Sequence[tuple[int, ...]], drawing: LogitsProcessorList) -> list[Tensor]:
         width = max(len(row) for row in rows)
         input_RL = torch.full((len(rows), width), self.pad_id)
         mask_RL = torch.zeros(len(rows), width, dtype=torch.int64)
@@ -108,25 +191,18 @@ class HuggingFaceEngine:
         own = self.model.generation_config
         self.model.generation_config = GenerationConfig(eos_token_id=self.eos_ids, pad_token_id=self.pad_id)
         settings = GenerationConfig(
-            do_sample=True,
-            temperature=temperature,
-            top_p=self.config.top_p,
-            top_k=self.config.top_k,
+            do_sample=False,  # the largest is taken, after `drawing`
             max_new_tokens=self.config.max_response_tokens,
             eos_token_id=self.eos_ids,
             pad_token_id=self.pad_id,
         )
         try:
             output_RL = self.model.generate(
-                input_RL.to(device), attention_mask=mask_RL.to(device), generation_config=settings
+                input_RL.to(device),
+                attention_mask=mask_RL.to(device),
+                generation_config=settings,
+                logits_processor=drawing,
             )
-        except RuntimeError as error:
-            if "probability tensor contains" not in str(error):
-                raise
-            raise NonFiniteError(
-                f"the policy of weight version {self.version} gives probabilities that are not numbers: its weights "
-                "are broken, and no rollout can be drawn from it. Start from an earlier checkpoint's weights"
-            ) from None
         finally:
             self.model.generation_config = own
         assert isinstance(output_RL, Tensor)
@@ -134,3 +210,41 @@ class HuggingFaceEngine:
         end_RL = torch.isin(response_RL, torch.tensor(self.eos_ids))
         length_R = torch.where(end_RL.any(1), end_RL.int().argmax(1) + 1, response_RL.shape[1])
         return [response[:length] for response, length in zip(response_RL, length_R.tolist(), strict=True)]
+
+
+class _Draw(LogitsProcessor):
+    """Adds Gumbel noise, after which the largest entry is a draw from softmax: token = argmax_v (z_v - log E_v).
+
+    E_v are exponential, from a generator for each prompt, [G, V] a step; a batch that holds some of a prompt's samples
+    draws for all and uses theirs.
+    """
+
+    def __init__(
+        self,
+        prompts: list[int],
+        samples: list[int],
+        group: int,
+        stream: Sequence[int],
+        device: torch.device,
+        version: int,
+    ) -> None:
+        own = sorted(set(prompts))
+        self.generators = [torch.Generator(device).manual_seed(stream_seed(*stream, prompt)) for prompt in own]
+        place = {prompt: i for i, prompt in enumerate(own)}
+        self.row_R = torch.tensor(
+            [place[prompt] * group + sample for prompt, sample in zip(prompts, samples, strict=True)], device=device
+        )
+        self.group = group
+        self.version = version
+
+    def __call__(self, input_ids: Any, scores: Any) -> Any:
+        """scores [R, V] of the next token, perturbed. Raises NonFiniteError where they are no numbers."""
+        if not bool(torch.isfinite(scores.amax(1)).all()):  # NaN, or nothing possible
+            raise NonFiniteError(
+                f"the policy of weight version {self.version} gives probabilities that are not numbers: its weights "
+                "are broken, and no rollout can be drawn from it. Start from an earlier checkpoint's weights"
+            )
+        noise = torch.empty(len(self.generators), self.group, scores.shape[1], device=scores.device)
+        for part, generator in zip(noise, self.generators, strict=True):
+            part.exponential_(generator=generator)
+        return scores.float() - noise.flatten(0, 1)[self.row_R].clamp_(min=1e-30).log_()

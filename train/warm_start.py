@@ -87,11 +87,18 @@ def _batch(texts: list[str], tokenizer: Any, prompt_length: int) -> tuple[torch.
 
 
 def warm_start(
-    folder: Path, shape: TinyModelConfig, seed: int, *, steps: int | None = None, lessons: Lessons = SUMS
+    folder: Path,
+    shape: TinyModelConfig,
+    seed: int,
+    *,
+    steps: int | None = None,
+    lessons: Lessons = SUMS,
+    device: torch.device | None = None,
 ) -> Path:
     """Trains the model and writes it as a Hugging Face folder, unless a finished one is there; returns that folder.
 
-    A function of its arguments: the random numbers come from `seed` alone. `steps` stands in for the lessons' own.
+    On the CPU, the default device, a function of its arguments: the random numbers come from `seed` alone. `steps`
+    stands in for the lessons' own.
     """
     steps = lessons.steps if steps is None else steps
     digest = hashlib.sha256(f"{lessons.key} {shape} {seed} {steps}".encode()).hexdigest()[:12]
@@ -100,11 +107,13 @@ def warm_start(
         return place
     rng = random.Random(seed)
     model, tokenizer = build_tiny_model(shape, seed)
+    device = device or torch.device("cpu")
+    model.to(device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=lessons.learning_rate, betas=BETAS)
     for step in track(range(steps), description="warm start (supervised)"):
         noisy = step >= (1 - NOISY_SHARE) * steps
         texts = [lessons.demonstration(rng, noisy) for _ in range(lessons.batch)]
-        inputs_BL, labels_BL = _batch(texts, tokenizer, lessons.prompt_tokens)
+        inputs_BL, labels_BL = (tensor.to(device) for tensor in _batch(texts, tokenizer, lessons.prompt_tokens))
         for group in optimizer.param_groups:
             group["lr"] = lessons.learning_rate * (1 - step / steps)
         logits_BLV = model(inputs_BL, use_cache=False).logits

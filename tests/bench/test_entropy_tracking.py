@@ -11,7 +11,7 @@ sys.path.insert(0, str(BENCH))
 
 import bench_entropy_tracking  # noqa: E402
 from tracking_cases import FREE, SCHEDULES, TARGETED, TASKS, grid  # noqa: E402
-from tracking_report import comparison, destroyed, judge, markdown, summarise  # noqa: E402
+from tracking_report import comparison, destroyed, judge, markdown, plot_failure, summarise  # noqa: E402
 
 from entrocraft.schedules import anchored  # noqa: E402
 from entrocraft.train.config_reader import load_config  # noqa: E402
@@ -70,6 +70,20 @@ def test_ours_against_the_tightest_published_and_what_control_destroyed():
     # The uncontrolled run of another seed says nothing, nor does a curve that goes up again.
     assert destroyed([run | {"seed": 2} if run["method"] == "none" else run for run in harmed]) == []
     assert destroyed([run | {"schedule": "wave"} if run["method"] == "hard" else run for run in harmed]) == []
+
+
+def test_where_control_let_go_is_recorded_and_drawn(tmp_path):
+    rows = _rows([1.0 - 0.01 * s for s in range(40)], [1.5] * 40)
+    for row in rows[25:]:
+        row["released"] = 1.0
+    assert judge(_rows([1.0] * 9, [1.0] * 9))["released_at"] is None
+    found = judge(rows) | {"schedule": "too_high", "regime": "one_pass", "seed": 1}
+    assert (found["released_at"], found["negatives"], found["reward"]) == (25, [0.5] * 40, [0.25] * 40)
+    runs = {method: found | {"method": method} for method in ("hard", "budget")}
+    plot_failure(runs, "one_pass", tmp_path / "failure.png")
+    assert (tmp_path / "failure.png").stat().st_size > 5000
+    plot_failure(runs, "reused", tmp_path / "nothing.png")
+    assert not (tmp_path / "nothing.png").exists()
 
 
 def test_tasks_are_told_apart_and_the_names_of_sums_stay():

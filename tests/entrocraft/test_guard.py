@@ -179,4 +179,6 @@ def test_what_is_counted_as_kept_has_a_weight() -> None:
             "kept_groups": 2.0,
             "active_fraction": 3 / 8,
             "authority": 6 / 8,
+            "weight_mean": (1.0 + 2.0 + 0.5 + 1.0) / 4,
+            "weight_max": 2.0,
         }

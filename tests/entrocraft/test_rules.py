@@ -198,8 +198,8 @@ def test_budget_weighs_what_is_left_where_it_falls_short(level: str) -> None:
     # Two of four are adverse; the others change entropy by 0.03 together and hold 3 of the batch's |A| of 8.
     change_N = np.array([-0.05, 0.01, 0.02, -0.01])
 
-    def weights(want: float, sign: float = 1.0, **arguments: float) -> list[float] | None:
-        verdict = rules.budget(level=level, **arguments)(
+    def weights(want: float, sign: float = 1.0, max_weight: float = 4.0) -> list[float] | None:
+        verdict = rules.budget(level=level, max_weight=max_weight)(
             _inputs(
                 want=sign * want,
                 advantage_R=np.array([-4.0, 2.0, -1.0, 1.0]),
@@ -221,8 +221,14 @@ def test_budget_weighs_what_is_left_where_it_falls_short(level: str) -> None:
     # What is kept points the wrong way, or nowhere: nothing to weigh.
     for change in (-0.01, 0.0):
         lone = np.array([change, -0.02])
-        verdict = rules.budget(level=level)(_inputs(want=0.01, change_R=lone, change_T=lone))
+        verdict = rules.budget(level=level, max_weight=4.0)(_inputs(want=0.01, change_R=lone, change_T=lone))
         assert verdict.weight_R is None
+    # What is kept has a predicted change and no advantage, as under REPO: a weight on A would do nothing.
+    shaped, advantage_R = np.array([-0.05, 0.01]), np.array([-1.0, 0.0])
+    verdict = rules.budget(level=level, max_weight=4.0)(
+        _inputs(want=0.04, advantage_R=advantage_R, change_R=shaped, change_T=shaped)
+    )
+    assert (verdict.keep_R.tolist(), verdict.weight_R) == ([False, True], None)
 
 
 def test_budget_breaks_ties_by_name_not_by_place() -> None:

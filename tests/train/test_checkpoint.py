@@ -1,13 +1,17 @@
-"""Checkpoints: exact, whole or ignored, and never another model's."""
+"""Checkpoints: exact, whole or ignored, and never another model's; in the background, and the best one kept."""
 
 import json
+import resource
 import shutil
+import threading
 
 import pytest
 import torch
 
-from entrocraft.train.checkpoint import CheckpointFolder, is_whole
+from entrocraft.train.checkpoint import CheckpointFolder
+from entrocraft.train.checkpoint_files import is_whole, value_of
 from entrocraft.train.config import TinyModelConfig
+from entrocraft.train.errors import TrainingStopped
 from entrocraft.train.tiny_model import build_tiny_model
 
 SHAPE = TinyModelConfig(hidden_size=16, layers=1, heads=2, mlp_size=32, context=32)
@@ -121,7 +125,7 @@ def test_what_a_killed_writer_left_is_removed(tmp_path):
     folder = CheckpointFolder(tmp_path, keep=1)
     (folder.root / "step_000003.writing-1-2").mkdir(parents=True)
     assert len(folder.broken()) == 1
-    folder.remove_unfinished()
+    folder.tidy()
     assert folder.broken() == []
 
 
@@ -147,3 +151,119 @@ def test_a_failed_write_leaves_the_older_checkpoint_and_no_rubbish(tmp_path):
     assert json.loads((whole / "COMPLETE.json").read_text()) == before
     shutil.rmtree(whole)
     assert folder.whole() == []
+
+
+def test_the_best_is_kept_beside_the_newest(tmp_path):
+    folder = CheckpointFolder(tmp_path, keep=1, best=True)
+    model, optimizer = make(0)
+    kept = []
+    for step, value in enumerate([None, 0.5, 0.9, 0.2, None, 0.9, 1.5], start=1):
+        folder.save(step, model, optimizer, {}, value)
+        kept.append([int(path.name[-6:]) for path in folder.whole()])
+    assert kept == [[1], [2], [3], [3, 4], [3, 5], [3, 6], [7]]
+    newer = CheckpointFolder(tmp_path, keep=1, best=True)  # as after a restart: it is in the checkpoints themselves
+    newer.save(8, model, optimizer, {}, 0.1)
+    assert [int(path.name[-6:]) for path in newer.whole()] == [7, 8]
+
+
+def test_what_is_best_is_looked_up_in_the_metrics():
+    row = {"step": 3, "reward": 0.5, "eval_reward": None, "entropy": 2.0}
+    assert value_of("reward", row, evaluated=False) == 0.5
+    assert value_of("-entropy", row, evaluated=False) == -2.0
+    assert value_of("eval_reward", row, evaluated=True) is None
+    assert value_of("reward", {"reward": float("nan")}, evaluated=False) is None
+    assert value_of("eval_accuracy", {"reward": 0.5}, evaluated=False) is None  # not a step with an evaluation
+    with pytest.raises(ValueError, match=r"checkpoint.best = 'rewrd': a step has no such metric; it has .*reward"):
+        value_of("rewrd", row, evaluated=False)
+    with pytest.raises(ValueError, match="eval_acuracy"):
+        value_of("-eval_acuracy", row, evaluated=True)
+
+
+def test_in_the_background_what_is_saved_is_what_was(tmp_path, monkeypatch):
+    """The thread is held back until weights, moments and state have moved on."""
+    model, optimizer = make(0)
+    learn(model, optimizer, 2)
+    folder = CheckpointFolder(tmp_path, keep=2, asynchronous=True)
+    go, write = threading.Event(), folder._write
+
+    def late(*arguments):
+        assert go.wait(60)
+        write(*arguments)
+
+    monkeypatch.setattr(folder, "_write", late)
+    before = [p.detach().clone() for p in model.parameters()]
+    state = {"order": [1]}
+    folder.save(2, model, optimizer, state)
+    learn(model, optimizer, 2)
+    state["order"].append(2)
+    assert folder.whole() == []
+    assert not folder.failed
+    go.set()
+    folder.wait()
+    fresh, fresh_optimizer = make(5)
+    loaded = CheckpointFolder(tmp_path, keep=2).load_newest(fresh, fresh_optimizer)
+    assert loaded is not None
+    assert (loaded["step"], loaded["order"]) == (2, [1])
+    assert all(torch.equal(p, q) for p, q in zip(before, fresh.parameters(), strict=True))
+    learn(fresh, fresh_optimizer, 2)  # the random state is that of the time, so these are the same two updates
+    assert equal(model, fresh)
+    folder.close()
+
+
+def save_and_wait(folder, step, model, optimizer):
+    folder.save(step, model, optimizer, {})
+    folder.wait()
+
+
+@pytest.mark.parametrize("asynchronous", [True, False], ids=["background", "waited for"])
+def test_a_write_that_fails_is_raised_once_and_leaves_the_older_one(tmp_path, asynchronous):
+    folder = CheckpointFolder(tmp_path, keep=2, asynchronous=asynchronous)
+    model, optimizer = make(0)
+    learn(model, optimizer, 1)
+    folder.save(1, model, optimizer, {})
+    folder.wait()
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, hard))  # what a quota or a full disk does to a write
+    try:
+        with pytest.raises(TrainingStopped, match=r"02 could not be written: .*File too large.*step_000001 is"):
+            save_and_wait(folder, 2, model, optimizer)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    folder.wait()
+    assert [path.name for path in folder.root.iterdir()] == ["step_000001"]
+    folder.save(3, model, optimizer, {})
+    folder.wait()
+    assert [path.name for path in folder.whole()] == ["step_000001", "step_000003"]
+    folder.close()
+
+
+def flip(path):
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def test_one_flipped_bit_is_found_and_the_one_before_taken(tmp_path):
+    model, optimizer = make(0)
+    folder = CheckpointFolder(tmp_path, keep=5)
+    for step in (1, 2, 3):
+        learn(model, optimizer, 1)
+        folder.save(step, model, optimizer, {})
+    one, two, three = folder.whole()
+    flip(next(three.glob("*.distcp")))
+    flip(two / "state.json")
+    assert folder.whole() == [one, two, three]  # sizes do not tell
+    state = folder.load_newest(*make(5))
+    assert state is not None
+    assert state["step"] == 1
+    assert list(folder.damaged) == [three, two]
+    assert "state.json is not what was written" in folder.damaged[two]
+    assert folder.whole() == [one]
+    folder.tidy()
+    assert folder.whole() == CheckpointFolder(tmp_path, keep=5).whole() == [one]
+    assert sorted(path.name.split("-")[0] for path in folder.root.iterdir()) == [
+        *("step_000001", "step_000002.damaged", "step_000003.damaged"),
+    ]
+    flip(one / ".metadata")
+    with pytest.raises(ValueError, match=r"every checkpoint of .* is damaged: the content of .metadata"):
+        CheckpointFolder(tmp_path, keep=5).load_newest(*make(5))

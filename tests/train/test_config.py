@@ -3,7 +3,6 @@
 import dataclasses
 
 import pytest
-import yaml
 
 from entrocraft.train.config import BatchConfig, Config
 from entrocraft.train.config_reader import build_parser, differences, field_names, load_config, save_config, to_dict
@@ -46,6 +45,58 @@ def test_saved_configuration_reads_back_equal(tmp_path):
     assert config.loss.dual_clip is None
 
 
+def test_later_files_win_name_by_name_and_mappings_are_replaced(tmp_path):
+    (tmp_path / "a.yaml").write_text(
+        "batch: {prompts_per_step: 6, samples_per_prompt: 4}\nseed: 1\nreward: {also: {strict_box: 0, sum_pair: 1}}\n"
+        "entropy: {schedule: {kind: cosine, end: 0.3}}\n"
+    )
+    (tmp_path / "b.yaml").write_text(
+        "batch: {samples_per_prompt: 2}\nreward: {also: {sum_pair: 2}}\nentropy: {schedule: {end: 0.2}}\n"
+    )
+    (tmp_path / "empty.yaml").write_text("")
+    files = [f"--config={tmp_path / name}.yaml" for name in ("a", "empty")]
+    config = load_config([*files, "--config", str(tmp_path / "b.yaml"), "--seed=3"])
+    assert (config.batch.prompts_per_step, config.batch.samples_per_prompt, config.seed) == (6, 2, 3)
+    assert config.reward.also == {"sum_pair": 2.0}
+    assert (config.entropy.schedule.kind, config.entropy.schedule.end) == ("cosine", 0.2)
+    assert load_config([f"--config={tmp_path / 'b.yaml'}", *files]).batch.samples_per_prompt == 4
+
+
+def test_a_file_stands_on_those_it_extends(tmp_path):
+    (tmp_path / "parts").mkdir()
+    (tmp_path / "parts" / "base.yaml").write_text("seed: 1\noptimizer: {lr: 0.5, steps: 7}\n")
+    (tmp_path / "parts" / "method.yaml").write_text("optimizer: {lr: 0.25}\nloss: {passes: 2}\n")
+    (tmp_path / "middle.yaml").write_text("extends: parts/base.yaml\nseed: 2\n")
+    (tmp_path / "run.yaml").write_text("extends: [middle.yaml, parts/method.yaml]\nloss: {passes: 3}\n")
+    config = load_config([f"--config={tmp_path / 'run.yaml'}"])
+    assert (config.seed, config.optimizer.lr, config.optimizer.steps, config.loss.passes) == (2, 0.25, 7, 3)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("extends: nowhere.yaml", "nowhere.yaml: no such file (extended by"),
+        ("extends: run.yaml", "run.yaml: extends itself, by way of run.yaml"),
+        ("extends: {a: b}", "extends is {'a': 'b'}: expected a path, or a list of them"),
+    ],
+)
+def test_what_cannot_be_extended(tmp_path, text, message):
+    with pytest.raises((ValueError, FileNotFoundError), match=r".") as caught:
+        load_config([write(tmp_path, text)])
+    assert message in str(caught.value)
+
+
+def test_held_out_sets_survive_the_round_trip(tmp_path):
+    text = (
+        "evaluation: {sets: {amc: {path: math-ai/amc23, prompt_field: question}, own: {path: x.jsonl, samples: 4}}}\n"
+    )
+    config = load_config([write(tmp_path, text)])
+    assert config.evaluation.sets["amc"].prompt_field == "question"
+    assert config.evaluation.sets["own"].samples == 4
+    save_config(config, tmp_path / "saved.yaml")
+    assert load_config([f"--config={tmp_path / 'saved.yaml'}"]) == config
+
+
 @pytest.mark.parametrize(
     ("argument", "named"),
     [
@@ -66,12 +117,24 @@ def test_unknown_option_names_the_nearest(argument, named):
         ("batch: {prompts: 3}", "unknown setting `batch.prompts`: did you mean `batch.prompts_per_step`?"),
         ("bach: {prompts_per_step: 3}", "unknown setting `bach`: did you mean `batch`?"),
         ("model: 3", "model is 3: expected settings"),
+        ("evaluation: {sets: {a: {pth: x}}}", "evaluation.sets.a has no `pth`; did you mean `path`?"),
+        ("evaluation: {sets: {a: 3}}", "evaluation.sets.a is 3: expected settings"),
         ("[1, 2", "not valid YAML"),
         ("seed: abc", "setting `seed` has a wrong type or value"),
         ("batch: {prompts_per_step: many}", "setting `batch.prompts_per_step` has a wrong type or value"),
         ("entropy: {level: word}", "setting `entropy.level` has a wrong type or value"),
     ],
-    ids=["unknown-leaf", "unknown-group", "group-as-number", "broken-yaml", "text-seed", "text-count", "level"],
+    ids=[
+        "unknown-leaf",
+        "unknown-group",
+        "group-as-number",
+        "unknown-in-set",
+        "set-as-number",
+        "broken-yaml",
+        "text-seed",
+        "text-count",
+        "level",
+    ],
 )
 def test_bad_file_is_an_error_that_helps(tmp_path, text, message):
     with pytest.raises(ValueError, match=r".") as caught:
@@ -133,16 +196,3 @@ def test_differences_lists_changed_settings_only():
     old, new = load_config([]), load_config(["--optimizer.lr=0.5", "--seed=3"])
     assert differences(to_dict(old), to_dict(new)) == ["seed: 0 -> 3", "optimizer.lr: 1e-06 -> 0.5"]
     assert differences(to_dict(old), to_dict(old)) == []
-
-
-def test_shipped_configurations_are_valid():
-    from pathlib import Path
-
-    import entrocraft.train
-
-    folder = Path(entrocraft.train.__file__).parent / "configs"
-    found = sorted(folder.glob("*.yaml"))
-    assert [path.stem for path in found] == ["demo", "gsm8k_tiny"]
-    for path in found:
-        config = load_config([f"--config={path}"])
-        assert to_dict(config)["batch"] | yaml.safe_load(path.read_text())["batch"] == to_dict(config)["batch"]

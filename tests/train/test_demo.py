@@ -2,11 +2,13 @@
 
 import dataclasses
 import json
+import math
 import random
+from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from entrocraft.train import demo
 from entrocraft.train.config import TinyModelConfig
@@ -112,3 +114,17 @@ def test_demonstrations_and_problems(tmp_path):
     assert len(train) + len(held_out) == 80
     assert all(is_held_out(int(row["answer"])) for row in held_out)
     assert all(int(row["prompt"].rstrip("=")) == int(row["answer"]) for row in train)
+
+
+def test_the_gpu_recipe_runs_with_a_vocabulary_of_its_own(tmp_path):
+    """Its shape in small: 300 rows in the head, of which a text's characters are 97, and no byte-level tokenizer."""
+    recipe = demo.CONFIG.with_name("demo_gpu.yaml")
+    small = [*SMALL, *BATCH, "--optimizer.steps=1", "--warm-start-steps=60", "--model.tiny.vocabulary=300"]
+    assert demo.main(["--out", str(tmp_path), "--recipe", str(recipe), "--arms", "budget", *small]) == 0
+    row = read_metrics(tmp_path / "budget")[0]
+    assert 0 < row["entropy"] < math.log(300)
+    saved = AutoTokenizer.from_pretrained(next((tmp_path / "models").glob("warm_start*")))
+    assert saved.decode(saved.encode("47=12+35"), skip_special_tokens=True) == "47=12+35"
+    assert saved.encode("4", add_special_tokens=True)[-1:] == [saved.eos_token_id]
+    model: Any = AutoModelForCausalLM.from_pretrained(tmp_path / "budget" / "model")
+    assert model.get_output_embeddings().weight.shape[0] == len(saved) == 300

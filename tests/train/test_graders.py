@@ -1,6 +1,8 @@
+import time
+
 import pytest
 
-from entrocraft.train.graders import load_reward, math_verify, sum_pair
+from entrocraft.train.graders import load_reward, math_verify, strict_box, sum_pair
 
 # In the manner of GSM8K: (solution, gold). Between them: thousands commas, currency before and after, decimals,
 # negatives, percents, units, a marker after text full of other numbers, and no marker at all.
@@ -41,6 +43,16 @@ GSM_LIKE = [
     ("AIME: \\boxed{25}", "025"),
     ("AIME: \\boxed{073}", "73"),
     ("\\boxed{27}", "27.0"),
+    ("\\boxed{104.}", "104"),
+    ("\\boxed{\\textbf{(073)}}.", "73"),
+    ("\\boxed{\\textbf{(B) }12}", "12"),
+    ("\\boxed{\\mathrm{(B)}\\ 12}", "12"),
+    ("\\boxed{(B) 12}", "12"),
+    ("\\boxed{\\text{12}}", "12"),
+    ("\\boxed{{12}}", "12"),
+    ("\\boxed{\\boxed{12}}", "12"),
+    ("cut off \\boxed{7 and then \\boxed{12}", "12"),
+    ("so \\boxed{12} and not {13}", "12"),
 ]
 
 WRONG = [
@@ -56,6 +68,14 @@ WRONG = [
     ("#### ", "3"),
     ("\\boxed{}", "3"),
     ("\\boxed{\\frac{", "3"),
+    ("\\boxed{5 or 6}", "5"),
+    ("\\boxed{\\{5,6\\}}", "5"),
+    ("\\boxed{\\pm 5}", "5"),
+    ("\\boxed{x < 5}", "5"),
+    ("\\boxed{1|2|3|4|5}", "5"),
+    ("\\boxed{5} \\boxed{}", "5"),
+    ("\\boxed{0.33}", "1/3"),
+    ("\\boxed{5.01}", "5"),
 ]
 
 # What goes beyond plain numbers: MATH and its like.
@@ -67,7 +87,73 @@ SYMBOLIC = [
     ("\\boxed{\\{1,2\\}}", "\\{2,1\\}", 1.0),
     ("\\boxed{(1,2)}", "(2,1)", 0.0),
     ("\\boxed{2\\pi}", "\\boxed{2\\pi}", 1.0),
+    ("\\boxed{\\text{(C)}}", "C", 1.0),
+    ("\\boxed{(C) 12}", "C", 0.0),
+    ("\\boxed{(A,B)}", "(A,B)", 1.0),
+    ("\\boxed{[0, 1)}", "[0,1)", 1.0),
+    ("\\boxed{(0, 1]}", "[0,1)", 0.0),
+    ("\\boxed{1+\\sqrt5, 1-\\sqrt5, -2}", "1 \\pm \\sqrt{5},-2", 1.0),
+    ("\\boxed{y = 2x + 1}", "2x+1", 1.0),
+    ("\\boxed{\\dfrac{14}{3}}", "4\\frac{2}{3}", 1.0),
+    ("\\boxed{\\binom{5}{2}}", "10", 1.0),
+    ("\\boxed{2516_8}", "2516_8", 1.0),
+    ("\\boxed{11,\\! 111,\\! 111,\\! 100}", "11111111100", 1.0),
 ]
+
+# What a policy may write that would keep a parser busy for minutes, and its score against the gold 5. Each is long,
+# deep or both; what parses fast and computes long (towers of powers) is left to the time limit of the pool.
+HOSTILE = {
+    "20,000 unclosed boxes": ("\\boxed{" * 20_000, 0.0),
+    "20,000 boxes around the answer": ("\\boxed{" * 20_000 + "5" + "}" * 20_000, 1.0),
+    "100,000 digits in a box": ("\\boxed{" + "7" * 100_000 + "}", 0.0),
+    "50,000 decimals": ("\\boxed{0." + "1" * 50_000 + "}", 0.0),
+    "100,000 digits": ("7" * 100_000, 0.0),
+    "3,000 parentheses": ("\\boxed{" + "(" * 3_000 + "5" + ")" * 3_000 + "}", 0.0),
+    "400 parentheses": ("\\boxed{" + "(" * 400 + "5" + ")" * 400 + "}", 0.0),
+    "400 parentheses without a box": ("the answer is $" + "(" * 400 + "5" + ")" * 400 + "$", 0.0),
+    "400 braces": ("\\boxed{" + "{" * 400 + "5" + "}" * 400 + "}", 0.0),
+    "5,000 summands": ("\\boxed{" + "+".join(["x"] * 5_000) + "}", 0.0),
+    "30,000 dollar signs": ("$5 " * 30_000, 1.0),
+    "50,000 marks": ("#### " * 50_000 + "5", 1.0),
+    "200,000 characters of prose": ("so we have $x = 3$ and 12 eggs, \\frac{1}{2} of $y^2+1$ " * 3_500, 0.0),
+    "prose, then the answer": ("so we have $x = 3$ and 12 eggs " * 6_000 + "\\boxed{5}", 1.0),
+    "backslashes": ("\\" * 100_000, 0.0),
+    "carets": ("^" * 100_000, 0.0),
+    "a lone surrogate and NUL": ("\ud800\x00 \\boxed{5}", 1.0),
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_hostile_and_very_long_completions_are_judged_at_once(name):
+    completion, score = HOSTILE[name]
+    math_verify("\\boxed{1}", "1", "")  # whose first call compiles
+    begun = time.process_time()
+    assert math_verify(completion, "5", "") == score
+    assert time.process_time() - begun < 1.5
+
+
+def test_a_gold_longer_than_any_answer_is_still_reached():
+    gold = "+".join(f"x^{{{power}}}" for power in range(150))
+    assert len(gold) > 1_000
+    assert math_verify(f"\\boxed{{{gold}}}", gold, "") == 1.0
+
+
+@pytest.mark.parametrize(
+    ("completion", "answer", "score"),
+    [
+        ("so \\boxed{025}", "025", 1.0),
+        ("so \\boxed{25}", "025", 0.0),
+        ("so \\boxed{025}", "25", 0.0),
+        ("so \\boxed{ 25 }", "25", 0.0),
+        ("\\boxed{1} \\boxed{25}" + " " * 90, "25", 1.0),
+        ("\\boxed{25}" + " " * 95, "25", 0.0),  # begins before the last 100 characters
+        ("\\boxed{25} and \\boxed{26}", "25", 0.0),
+        ("\\boxed{\\frac{1}{2}}", "\\frac{1}{2}", 1.0),
+        ("25", "25", 0.0),
+    ],
+)
+def test_strict_box(completion, answer, score):
+    assert strict_box(completion, answer, "") == score
 
 
 @pytest.mark.parametrize(("completion", "answer"), GSM_LIKE)
@@ -134,7 +220,7 @@ def test_load_reward_by_name_and_by_path():
     ("name", "words"),
     [
         ("math_verfy", ["math_verfy", "did you mean 'math_verify'", "package.module:function"]),
-        ("nonesuch", ["'math_verify', 'sum_pair'"]),
+        ("nonesuch", ["'math_verify', 'strict_box', 'sum_pair'"]),
         ("no.such.module:f", ["importing 'no.such.module' failed", "ModuleNotFoundError"]),
         ("entrocraft.train.graders:sum_pairs", ["has no function 'sum_pairs'", "did you mean 'sum_pair'"]),
         ("entrocraft.train.graders:BUILT_IN", ["has no function 'BUILT_IN'"]),

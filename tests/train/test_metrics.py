@@ -1,12 +1,14 @@
 import json
 import math
+import os
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from entrocraft.train.metrics import MetricsLog, read_events, read_metrics
+from entrocraft.train.metrics import MetricsLog, depends_on_the_clock, read_events, read_metrics, read_samples
 
 
 def scalars(run_dir, tag: str) -> list[tuple[int, float]]:
@@ -144,3 +146,44 @@ def test_bad_steps_and_values_are_refused(tmp_path):
         log.log(2, {"entropy": 3.0})
     assert [row["entropy"] for row in read_metrics(tmp_path)] == [1.0, 3.0]
     assert json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[0]) == {"step": 1, "entropy": 1.0}
+
+
+def test_rows_beside_the_metrics_are_plain_and_cut_with_them(tmp_path):
+    with MetricsLog(tmp_path, resume_step=None) as log:
+        log.rows("samples.jsonl", [])
+        assert not (tmp_path / "samples.jsonl").exists()
+        log.rows("samples.jsonl", [{"step": 1, "reward": math.nan, "scores": {"a": math.inf}, "response": "\ud800é"}])
+        log.rows("samples.jsonl", [{"step": step, "reward": 1.0} for step in (2, 3)])
+    assert read_samples(tmp_path)[0] == {"step": 1, "reward": None, "scores": {"a": None}, "response": "?é"}
+    MetricsLog(tmp_path, resume_step=2).close()
+    assert [row["step"] for row in read_samples(tmp_path)] == [1, 2]
+    assert read_samples(tmp_path / "elsewhere") == []
+
+
+def test_sync_waits_for_every_file_of_the_record(tmp_path, monkeypatch):
+    synced, fsync = [], os.fsync
+
+    def watched(descriptor):
+        synced.append(Path(f"/proc/self/fd/{descriptor}").resolve().name)
+        fsync(descriptor)
+
+    with MetricsLog(tmp_path, resume_step=None) as log:
+        log.log(1, {"entropy": 2.0})
+        log.rows("samples.jsonl", [{"step": 1, "text": "a"}])
+        monkeypatch.setattr(os, "fsync", watched)
+        log.sync()
+    assert set(synced) == {"metrics.jsonl", "events.jsonl", "samples.jsonl", tmp_path.name}
+
+
+def test_what_depends_on_the_clock():
+    clocks = (
+        "seconds",
+        "seconds_update",
+        "publish_seconds",
+        "tokens_per_second",
+        "mfu_update",
+        "tflops_update",
+        "memory",
+    )
+    assert all(map(depends_on_the_clock, clocks))
+    assert not any(map(depends_on_the_clock, ("entropy", "eval_reward", "publish_mib", "samples")))

@@ -1,12 +1,21 @@
 """The policy's own checks: what it may score, and what it refuses."""
 
+import dataclasses
+
 import pytest
 import torch
 from transformers import Gemma2Config, Gemma2ForCausalLM, MambaConfig, MambaForCausalLM
 
-from entrocraft.train.config import ModelConfig, TinyModelConfig
+from entrocraft.train.config import ModelConfig, SamplingConfig, TinyModelConfig
+from entrocraft.train.config_parallel import ParallelConfig
+from entrocraft.train.layers import description, use_liger
+from entrocraft.train.loading import load
+from entrocraft.train.packing import pack
 from entrocraft.train.policy import Policy, choose_device
+from entrocraft.train.sampling import HuggingFaceEngine
 
+CPU = torch.device("cpu")
+PLAIN = {"parallel": ParallelConfig(), "device": CPU, "size": 1, "seed": 0}
 SHAPE = TinyModelConfig(hidden_size=16, layers=1, heads=2, mlp_size=32, context=32)
 
 
@@ -34,6 +43,52 @@ def test_a_model_whose_neighbours_leak_is_refused():
     policy = Policy(recurrent, Tokens(), temperature=1.0, device=torch.device("cpu"))
     with pytest.raises(ValueError, match=r"MambaForCausalLM does not keep packed sequences apart"):
         policy.check([5, 6, 7, 8])
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_no_answer_depends_on_padding_or_neighbours(attention):
+    """Rollouts scored alone, with others in their row, and with padding after them; in rows, and as one row."""
+    policy = Policy(*load(ModelConfig(tiny=SHAPE, attention=attention), **PLAIN), temperature=1.0, device=CPU)
+    engine = HuggingFaceEngine(
+        policy.model, SamplingConfig(max_response_tokens=9), eos_ids=[*policy.eos_ids, *range(60, 90)], pad_id=0
+    )
+    rollouts = engine.sample([(5, 6, 7), (9,), (30, 31, 32, 33, 34)], 4, stream=(3, 1))
+    alone = [policy.score(rollouts.select(torch.arange(12) == r), 64).logprob_T for r in range(12)]
+    for one_row in (False, True):
+        policy.one_row = one_row
+        for tokens in (14, 30, 512):
+            packed = policy.score(rollouts, tokens).logprob_T
+            assert float((packed - torch.cat(alone)).abs().max()) < 2e-6
+    batch = pack(rollouts, range(12), 512)[0]
+    leaky = dataclasses.replace(batch, position_BL=torch.arange(batch.input_BL.shape[1]).expand_as(batch.input_BL))
+    right, wrong = (policy.token_stats(b, rollouts.token_T).logprob_T.detach() for b in (batch, leaky))
+    assert float((wrong - right).abs().max()) > 1e-3  # a leak can be seen
+
+
+def test_what_is_in_use_is_said_and_what_cannot_be_is_refused():
+    policy = Policy(*load(ModelConfig(tiny=SHAPE), **PLAIN), temperature=1.0, device=CPU)
+    told = dict(description(policy.model, policy.dtype, liger=False))
+    assert told == {"attention": "torch's SDPA, sequences packed", "layers": "transformers' own, in float32"}
+    eager = load(ModelConfig(tiny=SHAPE, attention="eager"), **PLAIN)[0]
+    assert dict(description(eager, torch.float32, liger=False))["attention"].startswith("eager")
+    with pytest.raises(ValueError, match=r"model.attention = 'flash_attention_2': it computes in bfloat16 on CUDA"):
+        load(ModelConfig(tiny=SHAPE, attention="flash_attention_2"), **PLAIN)
+    assert use_liger(policy, ModelConfig(tiny=SHAPE), [5, 6]) is False
+    with pytest.raises(ValueError, match=r"model.liger = 'on': .*(not installed|need CUDA)"):
+        use_liger(policy, ModelConfig(tiny=SHAPE, liger="on"), [5, 6])
+
+
+def test_compiled_blocks_say_the_same():
+    prompt = [5, 6, 7, 8, 9]
+    policy, compiled = (
+        Policy(
+            *load(ModelConfig(tiny=SHAPE), ParallelConfig(compile=backend), device=CPU, size=1, seed=0),
+            temperature=1.0,
+            device=CPU,
+        )
+        for backend in (None, "eager")
+    )
+    assert torch.equal(policy.hidden_of(prompt), compiled.hidden_of(prompt))
 
 
 def test_devices():

@@ -40,6 +40,39 @@ def nasty(completion, answer, prompt):
         completion, float(answer)
     )
 
+class Client:
+    # An async reward held by an object, which is called.
+    waiting = 0
+
+    async def __call__(self, completion, answer, prompt):
+        import asyncio
+        self.waiting += 1
+        try:
+            if completion == "raise":
+                raise OSError("no connection")
+            if completion == "own time-out":
+                raise TimeoutError("the server is slow")
+            if completion == "cancel":
+                raise asyncio.CancelledError
+            if completion == "stubborn":
+                while True:
+                    try:
+                        await asyncio.sleep(600)
+                    except asyncio.CancelledError:
+                        pass
+            await asyncio.sleep(600 if completion == "hang" else 0.2)
+            return {"none": None, "text": "1.0"}.get(completion, float(answer))
+        finally:
+            self.waiting -= 1
+
+client = Client()
+
+async def waits(completion, answer, prompt):
+    return await client(completion, answer, prompt)
+
+def brief(completion, answer, prompt):
+    return None if completion == "quiet" else float(len(completion))
+
 def pid(completion, answer, prompt):
     Path(prompt, str(os.getpid())).touch()
     if completion == "hang":
@@ -119,7 +152,7 @@ def test_slow_but_honest_rewards_keep_their_scores(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path)
     with RewardPool("slow_rewards:slow", workers=1, timeout_s=0.4) as pool:
         batch = score(pool, ["c"] * 12, [str(place) for place in range(12)])
-        assert pool._chunk_size(12) == 1
+        assert pool._chunk_size(0, 12) == 1
     assert torch.equal(batch.reward_R, torch.arange(12.0))
     assert batch.timeouts == 0
 
@@ -171,7 +204,7 @@ def test_bad_arguments_are_refused():
     for workers, timeout_s, named in ((-1, 1.0, "workers=-1"), (1, 0.0, "timeout_s=0"), (1, math.inf, "timeout_s=inf")):
         with pytest.raises(ValueError, match=named):
             RewardPool("sum_pair", workers=workers, timeout_s=timeout_s)
-    with pytest.raises(ValueError, match="unknown reward 'sum'"):
+    with pytest.raises(ValueError, match=r"unknown reward 'sum'"):
         RewardPool("sum", workers=1, timeout_s=1.0)
     with pytest.raises(RuntimeError, match="in a `with` block"):
         score(RewardPool("sum_pair", workers=1, timeout_s=1.0), ["1+2"])
@@ -260,3 +293,75 @@ def test_busy_workers_end_with_a_killed_parent(nasty_module):
     while any(alive(worker) for worker in workers) and time.monotonic() < deadline:
         time.sleep(0.05)
     assert [worker for worker in workers if alive(worker)] == []
+
+
+# Which counter each lands in, by its count: one time-out, four errors, one without opinion.
+ASYNC_CULPRITS = ["hang", "raise", "own time-out", "cancel", "text", "none"]
+
+
+@pytest.mark.parametrize("reward", ["nasty_rewards:client", "nasty_rewards:waits"])
+@pytest.mark.parametrize("workers", [0, 1])
+def test_async_rewards_wait_together_and_only_the_culprit_loses(nasty_module, workers, reward):
+    completions = ["fine"] * 40 + ASYNC_CULPRITS + ["fine"] * 18
+    answers = [str(place) for place in range(64)]
+    with RewardPool(reward, workers=workers, timeout_s=1.0) as pool:
+        begun = time.monotonic()
+        batch = score(pool, completions, answers)
+        together = time.monotonic() - begun
+    assert together < 8.0  # one after the other they take 12 s and the hanging one's second
+    expected = torch.arange(64.0)
+    expected[40:46] = torch.nan
+    torch.testing.assert_close(batch.reward_R, expected, equal_nan=True, rtol=0, atol=0)
+    assert (batch.timeouts, batch.errors, batch.unscorable) == (1, 4, 1)
+    assert batch.first_error == "completion 41: OSError: no connection"
+
+
+def test_an_async_reward_that_ignores_its_cancellation_is_killed(nasty_module):
+    with RewardPool("nasty_rewards:client", workers=1, timeout_s=0.3) as pool:
+        batch = score(pool, ["fine", "stubborn"])
+    assert batch.reward_R.isnan().tolist() == [False, True]
+    assert (batch.timeouts, batch.errors) == (1, 0)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_several_rewards_are_weighed_and_one_decides(nasty_module, workers):
+    """Deciding: nasty. Added: brief, None for "quiet". Recorded only: pid, which fails on everything here."""
+    also = {"nasty_rewards:brief": 0.5, "nasty_rewards:pid": 0.0}
+    completions, answers = ["fine", "quiet", "none", "raise", "ab"], ["1", "0.5", "1", "1", "3"]
+    with RewardPool("nasty_rewards:nasty", workers=workers, timeout_s=5.0, weight=2.0, also=also) as pool:
+        batch = score(pool, completions, answers)
+    nan = torch.nan
+    expected = torch.tensor([2 + 0.5 * 4, 1.0, nan, nan, 6 + 0.5 * 2])
+    torch.testing.assert_close(batch.reward_R, expected, equal_nan=True, rtol=0, atol=0)
+    assert batch.right_R.tolist() == [True, False, False, False, True]
+    assert list(batch.score_R) == ["nasty", "brief", "pid"]
+    torch.testing.assert_close(batch.score_R["nasty"], torch.tensor([1, 0.5, nan, nan, 3]), equal_nan=True)
+    torch.testing.assert_close(batch.score_R["brief"], torch.tensor([4.0, nan, 4, 5, 2]), equal_nan=True)
+    assert batch.score_R["pid"].isnan().all()
+    assert (batch.timeouts, batch.errors, batch.unscorable) == (0, 1 + 5, 1)
+
+
+def test_a_weighed_reward_that_fails_leaves_no_verdict(nasty_module):
+    with RewardPool("sum_pair", workers=2, timeout_s=0.4, also={"nasty_rewards:nasty": 0.1}) as pool:
+        batch = pool.score(["1+2", "hang", "raise", "none"], ["3"] * 4, ["p"] * 4)
+    torch.testing.assert_close(
+        batch.reward_R, torch.tensor([1.3, torch.nan, torch.nan, 0.0]), equal_nan=True, rtol=1e-6, atol=0
+    )
+    assert batch.right_R.tolist() == [True, False, False, False]
+    assert (batch.timeouts, batch.errors, batch.unscorable) == (1, 1, 0)
+
+
+def test_signed_maps_the_deciding_reward_alone(nasty_module):
+    with RewardPool("sum_pair", workers=0, timeout_s=1.0, signed=True, also={"nasty_rewards:brief": 1.0}) as pool:
+        batch = pool.score(["1+2", "12"], ["3"] * 2, ["p"] * 2)
+    assert batch.reward_R.tolist() == [1.0 + 3.0, -1.0 + 2.0]
+    assert batch.right_R.tolist() == [True, False]
+
+
+def test_several_rewards_refuse_nonsense():
+    with pytest.raises(ValueError, match="names 'sum_pair', which decides"):
+        RewardPool("sum_pair", workers=0, timeout_s=1.0, also={"sum_pair": 1.0})
+    with pytest.raises(ValueError, match="the weight of 'math_verify' is nan"):
+        RewardPool("sum_pair", workers=0, timeout_s=1.0, also={"math_verify": math.nan})
+    with pytest.raises(ValueError, match=r"unknown reward 'strict_bx': .* did you mean 'strict_box'"):
+        RewardPool("sum_pair", workers=0, timeout_s=1.0, also={"strict_bx": 1.0})

@@ -9,6 +9,7 @@ from entrocraft.train.config import SamplingConfig, TinyModelConfig
 from entrocraft.train.errors import NonFiniteError
 from entrocraft.train.policy import Policy
 from entrocraft.train.sampling import HuggingFaceEngine, stream_seed
+from entrocraft.train.spread import join
 from entrocraft.train.tiny_model import build_tiny_model
 
 
@@ -114,3 +115,19 @@ def test_a_policy_of_nan_says_so():
 def test_no_end_mark_is_an_error(policy):
     with pytest.raises(ValueError, match="no end-of-sequence token"):
         HuggingFaceEngine(policy.model, SamplingConfig(), eos_ids=[], pad_id=0)
+
+
+def test_a_prompt_draws_the_same_in_whatever_part_of_the_batch_it_is_sampled(policy):
+    whole = engine(policy).sample(PROMPTS, 4, stream=(3, 1))
+    parts = [engine(policy).sample(PROMPTS[i : i + 1], 4, stream=(3, 1), first_prompt=i) for i in range(3)]
+    assert same(join(parts), whole)
+    assert same(engine(policy, rollouts_per_batch=3).sample(PROMPTS, 4, stream=(3, 1)), whole)
+    assert not same(engine(policy).sample(PROMPTS, 4, stream=(3, 1), first_prompt=1), whole)
+
+
+def test_rollouts_of_other_weights_are_not_joined(policy):
+    made = engine(policy)
+    one = made.sample(PROMPTS, 1, stream=(0,))
+    made.publish(2)
+    with pytest.raises(ValueError, match=r"weight_version differs between parts: \[0, 2\]"):
+        join([one, made.sample(PROMPTS, 1, stream=(0,))])

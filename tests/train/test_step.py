@@ -12,6 +12,7 @@ from entrocraft.train.errors import NonFiniteError
 from entrocraft.train.policy import Policy
 from entrocraft.train.sampling import HuggingFaceEngine
 from entrocraft.train.step import Learning, accumulate, make_share, update
+from entrocraft.train.throughput import Work
 from entrocraft.train.tiny_model import build_tiny_model
 
 PROMPTS = [(5, 6, 7), (9, 10), (30, 31, 32, 33)]
@@ -187,3 +188,10 @@ def test_clip_fractions_and_kl_against_numpy(batch):
     assert sums["high"] == ((advantage > 0) & (ratio > 1.2)).sum() > 0
     assert sums["low"] == ((advantage < 0) & (ratio < 0.8)).sum() > 0
     assert sums["kl"] == pytest.approx((ratio - 1 - log_ratio).sum(), rel=1e-6)
+    assert (sums["positive"], sums["negative"]) == ((advantage > 0).sum(), (advantage < 0).sum())
+    assert sums["high_positive"] == sums["high"]
+    assert sums["low_negative"] == sums["low"]
+    assert sums["low_positive"] == 0  # PPO leaves the gradient there
+    assert sums["high_negative"] == sums["dual"] == ((advantage < 0) & (ratio > 3.0)).sum()
+    lengths = [len(PROMPTS[r // GROUP]) + int(rollouts.length_R[r]) - 1 for r in share.active]
+    assert [sums[name] for name in Work.NAMES] == [sum(lengths), sum(n * n for n in lengths), running.sum().item()]

@@ -17,6 +17,7 @@ import torch
 import yaml
 
 from entrocraft.train.config import TinyModelConfig
+from entrocraft.train.metrics import depends_on_the_clock
 from entrocraft.train.tiny_model import build_tiny_model
 
 SCRIPT = Path(__file__).resolve().parents[2] / "train" / "train.py"
@@ -113,10 +114,9 @@ def here(work, *overrides, code=0):
 
 
 def rows(folder):
-    """The metrics of a run without those that are wall-clock times."""
-    timed = ("seconds", "tokens_per_second")
+    """The metrics of a run without those of the machine."""
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [{key: value for key, value in row.items() if not key.startswith(timed)} for row in lines]
+    return [{key: value for key, value in row.items() if not depends_on_the_clock(key)} for row in lines]
 
 
 def wait_for(process, condition, limit=180.0):
@@ -232,10 +232,8 @@ def test_nan_in_hidden_skips_that_step_and_the_next_one_learns(work, monkeypatch
         return torch.cat([p.detach().flatten() for p in training.policy.model.parameters()])
 
     seen, moved, said = [], [], []
-    with (
-        RewardPool("my_rewards:odd", workers=0, timeout_s=1.0) as pool,
-        MetricsLog(training.dir, resume_step=None) as log,
-    ):
+    pool = RewardPool("my_rewards:odd", workers=0, timeout_s=1.0)
+    with pool, MetricsLog(training.dir, resume_step=None) as log:
         for step in (1, 2, 3):
             training.step, before = step, weights()
             with monkeypatch.context() as patch:
@@ -347,6 +345,18 @@ def test_no_verdict_at_all_stops_the_run_with_a_checkpoint(work):
     assert (work / "run" / "report.html").exists()
 
 
+def test_the_record_is_on_the_disk_before_the_checkpoint_that_needs_it(work, monkeypatch):
+    order, fsync = [], os.fsync
+
+    def watched(descriptor):
+        order.append(Path(f"/proc/self/fd/{descriptor}").resolve().name)
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", watched)
+    here(work, "--optimizer.steps=3")
+    assert order.index("metrics.jsonl") < order.index("COMPLETE.json") < order.index("checkpoints")
+
+
 def test_real_problems_through_the_shipped_configuration(work):
     """GSM8K's fields and marks, graded by math-verify in worker processes, with a long problem that is dropped."""
     rows_in = [
@@ -374,14 +384,16 @@ def test_real_problems_through_the_shipped_configuration(work):
 
 
 def test_evaluation_of_a_finished_run(work):
-    run(work, "--optimizer.steps=2", f"--data.eval={work / 'train.jsonl'}")
+    from entrocraft.train.cli import main
+
+    here(work, "--optimizer.steps=2", f"--data.eval={work / 'train.jsonl'}")
     last = rows(work / "run")[-1]
-    entrocraft = [sys.executable, "-m", "entrocraft.train.cli", "eval", str(work / "run"), "--samples", "4"]
-    done = subprocess.run(entrocraft, env=environment(work), cwd=work, text=True, capture_output=True, timeout=240)
-    assert done.returncode == 0, done.stderr
-    result = json.loads((work / "run" / "eval.json").read_text())
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()):
+        patch.syspath_prepend(str(work))
+        assert main(["eval", str(work / "run"), "--samples", "4"]) == 0
+    result = json.loads((work / "run" / "eval" / "results.json").read_text())["sets"]["eval"]
     assert result["problems"] == 12
-    assert 0 < result["eval_accuracy"] < 1
-    assert result["eval_pass_at_4"] >= result["eval_accuracy"]
-    assert 0 < result["eval_distinct_correct"] <= 4
-    assert result["eval_entropy"] == pytest.approx(last["eval_entropy"], abs=0.1)
+    assert 0 < result["accuracy"] < 1
+    assert result["pass_at_4"] >= result["accuracy"]
+    assert 0 < result["distinct_correct"] <= 4
+    assert result["entropy"] == pytest.approx(last["eval_entropy"], abs=0.1)

@@ -1,0 +1,163 @@
+"""Groups without a signal kept, filtered and refilled; constant effective batches; whole runs of a few steps."""
+
+import dataclasses
+import json
+
+import pytest
+import torch
+import yaml
+
+from entrocraft import Rollouts
+from entrocraft.train.batches import Graded
+from entrocraft.train.config_reader import load_config
+from entrocraft.train.metrics import MetricsLog, depends_on_the_clock
+from entrocraft.train.problems import Problem
+from entrocraft.train.rewards import RewardBatch, RewardPool
+from entrocraft.train.run import Run
+from entrocraft.train.spread import SpreadPool
+from entrocraft.train.train import train_step
+
+REWARDS = """
+def half(completion, answer, prompt):  # every second problem has one reward for all
+    return 1.0 if int(answer) % 2 else float(len(completion) % 2)
+
+def same(completion, answer, prompt):
+    return 0.0
+
+def scarce(completion, answer, prompt):  # one problem of twelve has a signal
+    return float(len(completion) % 2) if answer == "3" else 0.0
+"""
+
+
+@pytest.fixture
+def work(tmp_path, monkeypatch):
+    (tmp_path / "signal_rewards.py").write_text(REWARDS)
+    problems = [{"prompt": f"{i} plus {i} is", "answer": str(i)} for i in range(12)]
+    (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in problems))
+    config = {
+        "device": "cpu",
+        "model": {"tiny": {"hidden_size": 16, "layers": 1, "heads": 2, "mlp_size": 32, "context": 64}},
+        "data": {"train": "train.jsonl"},
+        "batch": {"prompts_per_step": 4, "samples_per_prompt": 8, "tokens_per_microbatch": 512},
+        "sampling": {"max_response_tokens": 6},
+        "reward": {"name": "signal_rewards:half", "workers": 0},
+        "entropy": {"rule": "budget", "schedule": {"start": "measured", "end": 5.0, "steps": 4}},
+        "optimizer": {"steps": 2, "lr": 0.01},
+        "checkpoint": {"every": 2},
+    }
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(config))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    return tmp_path
+
+
+def rows(name, *arguments, steps=2):
+    """Metrics of a run of so many further steps, without times."""
+    run = Run(load_config(["--config=run.yaml", f"--run_dir={name}", "--resume=auto", *arguments]))
+    resumed = run.resume()
+    run.begin(resumed)
+    run.engine.publish(run.step)
+    made = []
+    with (
+        RewardPool(run.config.reward.name, workers=0, timeout_s=1.0) as pool,
+        MetricsLog(run.dir, resume_step=resumed) as log,
+    ):
+        for _ in range(steps):
+            run.step += 1
+            made.append(train_step(run, SpreadPool(pool, run.ranks), log, print))
+    run.save()
+    run.end()
+    return [{k: v for k, v in row.items() if not depends_on_the_clock(k)} for row in made]
+
+
+MORE = ("--refill.max_waves=8", "--refill.max_factor=8")
+
+
+def test_groups_without_a_signal_are_kept_filtered_or_refilled(work):
+    kept = rows("kept")
+    filtered = rows("filtered", "--refill.zero_variance=filter")
+    refilled = rows("refilled", "--refill.zero_variance=refill", *MORE)
+    for row in kept:
+        assert "prompts_learnt" not in row
+    for row in filtered:
+        assert row["prompts_sampled"] == 4
+        assert row["prompts_learnt"] == 4 - row["zero_variance_groups"] < 4
+    for row in refilled:
+        assert row["prompts_learnt"] == 4 < row["prompts_sampled"] <= 32
+        assert row["kept_groups"] <= 4
+    # The first step samples the same, and reports the same of it; only the learnt part differs.
+    assert kept[0]["reward"] == filtered[0]["reward"]
+    assert filtered[0]["authority"] > kept[0]["authority"]
+
+
+def test_nothing_to_learn_from_is_a_step_without_an_update(work):
+    for row in rows("none", "--reward.name=signal_rewards:same", "--refill.zero_variance=refill"):
+        assert row["updates"] == 0
+        assert row["prompts_learnt"] == row["prompts_sampled"] == 12  # three waves of four, kept as they are
+        assert row["reward"] == 0
+
+
+def test_oversampling_keeps_the_same_number_every_step_and_resumes_exactly(work):
+    oversample = ("--refill.oversample=true", *MORE)
+    whole = rows("whole", *oversample)
+    assert [row["effective_samples"] for row in whole] == [32, 32]
+    assert all(32 <= row["kept_before_subsampling"] <= row["generated"] <= 256 for row in whole)
+    assert len({row["generated"] for row in whole}) > 1
+    assert rows("cut", *oversample, steps=1) + rows("cut", *oversample, steps=1) == whole
+
+
+def test_where_the_budget_ends_early_the_loss_is_scaled_down(work):
+    scarce = ("--reward.name=signal_rewards:scarce", "--refill.oversample=true", "--entropy.rule=none")
+    for aggregation, scaled in (("kept_tokens", True), ("token_mean", False)):
+        for row in rows(aggregation, *scarce, f"--loss.aggregation={aggregation}", steps=1):
+            assert row["generated"] == 128
+            assert 0 < row["effective_samples"] < 32
+            assert row["loss_factor"] == (row["effective_samples"] / 32 if scaled else 1)
+
+
+def test_groups_are_taken_out_whole_and_renumbered():
+    rollouts = Rollouts(
+        token_T=torch.arange(9),
+        rollout_T=torch.tensor([0, 0, 1, 2, 3, 3, 4, 5, 5]),
+        mask_T=torch.ones(9, dtype=torch.bool),
+        group_R=torch.tensor([0, 0, 1, 1, 2, 2]),
+        sample_R=torch.tensor([0, 1, 0, 1, 0, 1]),
+        prompts=((1,), (2,), (3,)),
+        truncated_R=torch.zeros(6, dtype=torch.bool),
+        weight_version=0,
+    )
+    nan = float("nan")
+    reward_R = torch.tensor([0.0, 1.0, 1.0, nan, nan, nan])
+    rewards = RewardBatch(
+        reward_R=reward_R,
+        right_R=reward_R >= 1,
+        score_R={"one": reward_R, "other": -reward_R},
+        timeouts=1,
+        errors=2,
+        unscorable=0,
+        first_error="x",
+    )
+    problems = tuple(Problem(index=i, prompt=name, answer="answer") for i, name in enumerate("abc"))
+    graded = Graded(rollouts=rollouts, rewards=rewards, problems=problems, age=1)
+    assert graded.varied_P().tolist() == [True, False, False]
+    part = graded.groups(torch.tensor([True, False, True]))
+    assert part.rollouts.token_T.tolist() == [0, 1, 2, 6, 7, 8]
+    assert part.rollouts.group_R.tolist() == [0, 0, 1, 1]
+    assert part.rollouts.prompts == ((1,), (3,))
+    assert part.rewards.reward_R[:2].tolist() == [0.0, 1.0]
+    assert part.rewards.right_R.tolist() == [False, True, False, False]
+    assert part.rewards.score_R["other"][:2].tolist() == [0.0, -1.0]
+    assert ([problem.prompt for problem in part.problems], part.age) == (["a", "c"], 1)
+    joined = Graded.join([graded, dataclasses.replace(part, age=0)])
+    assert joined.rollouts.group_R.tolist() == [0, 0, 1, 1, 2, 2, 3, 3, 4, 4]
+    assert [problem.prompt for problem in joined.problems] == ["a", "b", "c", "a", "c"]
+    assert (joined.age, joined.rewards.timeouts) == (1, 2)
+    assert (part.rewards.timeouts, part.rewards.errors, part.rewards.first_error) == (1, 2, "x")
+    joined = Graded.join([part, graded])
+    assert joined.rollouts.group_R.tolist() == [0, 0, 1, 1, 2, 2, 3, 3, 4, 4]
+    assert joined.rewards.timeouts == 2
+
+
+def test_settings_that_contradict(work):
+    with pytest.raises(ValueError, match=r"refill.zero_variance = 'refill': expected 'keep' or 'filter' beside"):
+        load_config(["--config=run.yaml", "--refill.oversample=true", "--refill.zero_variance=refill"])

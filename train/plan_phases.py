@@ -1,0 +1,185 @@
+"""The phases of a training step, and what is in a rank's memory at the fullest moment of each.
+
+An update has three such moments: when the backward pass enters the head, with everything kept by the blocks; inside a
+block, where tensors are recomputed and gradients made; and at its end, where the embedding's gradient is summed over
+the ranks and activations are gone. The fullest of them is the phase.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from entrocraft.kernels.head import BUFFER_BYTES
+from entrocraft.train.plan_sizes import Sizes
+
+# fp32 copies of a step's logits that drawing a token makes beside the model's own: as fp32, divided by the temperature,
+# noise for the group and for each row, and their sum.
+DRAWN_COPIES = 5
+
+
+@dataclass(frozen=True, slots=True)
+class Phase:
+    """A stretch of a step and what is in memory at its fullest moment, bytes by name."""
+
+    name: str
+    parts: Mapping[str, int]
+
+    @property
+    def peak(self) -> int:
+        """Bytes in all."""
+        return sum(self.parts.values())
+
+
+def phases(sizes: Sizes, gpu_bytes: int) -> list[Phase]:
+    """Every phase of a step, in order."""
+    resting = _resting(sizes, gpu_bytes)
+    found = [
+        Phase("sample", _resident(sizes) | _sampling(sizes, gpu_bytes)),
+        Phase("score", _resident(sizes) | resting | _scoring(sizes)),
+    ]
+    if sizes.config.reference.kl_coefficient and not _adapters_are_the_difference(sizes):
+        found.append(Phase("score the reference", _resident(sizes) | resting | _scoring(sizes) | _reference(sizes)))
+    gradients = {} if sizes.offloaded else {"gradients": sizes.held_bytes("gradients")}
+    moments = [_resident(sizes) | gradients | resting | moment for moment in _update(sizes)]
+    found.append(Phase("update", max(moments, key=lambda parts: sum(parts.values()))))
+    found.append(Phase("optimizer", _resident(sizes) | gradients | resting | _optimizing(sizes)))
+    if sizes.config.engine.name != "hf":
+        found.append(Phase("publish", _resident(sizes) | _publishing(sizes, gpu_bytes)))
+    return [Phase(phase.name, {name: size for name, size in phase.parts.items() if size}) for phase in found]
+
+
+def _adapters_are_the_difference(sizes: Sizes) -> bool:
+    return sizes.config.lora.rank is not None and sizes.config.reference.path is None
+
+
+def _resident(sizes: Sizes) -> dict[str, int]:
+    """What is there in every phase from the second step on."""
+    reference = sizes.config.reference
+    extra = reference.kl_coefficient and not reference.offload and not _adapters_are_the_difference(sizes)
+    if sizes.offloaded:
+        return {}
+    return {
+        "weights": sizes.held_bytes("weights"),
+        "optimizer": sizes.held_bytes("optimizer"),
+        "reference": sizes.held_bytes("weights") if extra else 0,
+    }
+
+
+def _resting(sizes: Sizes, gpu_bytes: int) -> dict[str, int]:
+    """What the rollout engine keeps while the policy learns."""
+    engine = sizes.config.engine
+    asleep = engine.sleep == "on" or (engine.sleep == "auto" and not engine.overlap)
+    return {"vLLM": 0 if engine.name != "vllm" or asleep else int(engine.memory * gpu_bytes)}
+
+
+def _gathered(sizes: Sizes, *, whole: bool = False) -> dict[str, int]:
+    """Weights that FSDP holds whole: those outside the blocks, and two blocks or all."""
+    if not sizes.sharded:
+        return {}
+    every = whole or not sizes.config.parallel.reshard_after_forward
+    within = sum(sizes.block_sizes) if every else sum(sorted(sizes.block_sizes)[-2:])
+    outside = sizes.total - sum(sizes.block_sizes)
+    if _by_vocabulary(sizes) and not whole:  # its own rows, cast for the time
+        outside += (-(-sizes.V // sizes.shards) - sizes.V) * sizes.H
+    return {"gathered weights": sizes.item * (within + outside)}
+
+
+def _by_vocabulary(sizes: Sizes) -> bool:
+    return sizes.sharded and sizes.config.parallel.vocab_parallel_head
+
+
+def _buffer(sizes: Sizes, rows: int) -> int:
+    """The head's own workspace: bounded, and less for a small head."""
+    return min(BUFFER_BYTES, 4 * (3 * rows * sizes.V + 2 * sizes.V * sizes.H + 2 * rows * sizes.H))
+
+
+def _scoring(sizes: Sizes) -> dict[str, int]:
+    rows = sizes.tokens * (sizes.world_size if _by_vocabulary(sizes) else 1)
+    hidden = sizes.item * sizes.H * (sizes.tokens + (rows if _by_vocabulary(sizes) else 0))
+    return _gathered(sizes) | {
+        "forward pass": sizes.trace().score,
+        "hidden rows": hidden,
+        "head buffer": _buffer(sizes, rows),
+    }
+
+
+def _reference(sizes: Sizes) -> dict[str, int]:
+    """A second model that scores: what it holds beside the first's resident part. FSDP keeps the policy's root."""
+    offload = sizes.config.reference.offload or sizes.offloaded
+    gathered = _gathered(sizes).get("gathered weights", 0)
+    return {
+        "gathered weights": 2 * gathered,
+        "reference": sizes.held_bytes("weights") if not sizes.sharded or not offload else 0,
+    }
+
+
+def _update(sizes: Sizes) -> list[dict[str, int]]:
+    """The three moments of an update that may be the fullest."""
+    passes, reduced = sizes.trace(), sizes.sharded
+    head_elements = sizes.V * sizes.H if sizes.head_trained else 0
+    own_head = -(-sizes.V // sizes.shards) * sizes.H if sizes.head_trained else 0
+    head_grad = (sizes.item + 4) * own_head if _by_vocabulary(sizes) else sizes.item * head_elements
+    every_row = sizes.tokens * (sizes.world_size if _by_vocabulary(sizes) else 1)
+    hidden = sizes.item * sizes.H * (sizes.tokens + (every_row if _by_vocabulary(sizes) else 0))
+    gathered = _gathered(sizes)
+    in_head = {
+        "activations": passes.kept,
+        "hidden rows": hidden + 4 * sizes.H * every_row,
+        "head buffer": _buffer(sizes, every_row),
+        "head gradient": head_grad,
+    }
+    reducing_head = {
+        "activations": passes.kept + passes.output,
+        "head gradient": head_grad,
+        "reduction": 4 * head_elements if reduced and not sizes.tied and not _by_vocabulary(sizes) else 0,
+    }
+    in_block = {
+        "activations": passes.kept,
+        "backward pass": max(0, passes.backward - passes.kept),
+        "head gradient": head_grad if sizes.tied else 0,
+        "reduction": (sizes.item + 4) * sizes.block_trained if reduced else 0,
+    }
+    embedding = sizes.V * sizes.H if sizes.model.get_input_embeddings().weight.requires_grad else 0
+    at_end = {
+        "head gradient": head_grad if sizes.tied else 0,
+        "reduction": ((sizes.item + 4) * embedding + 4 * sizes.block_trained) if reduced else 4 * embedding,
+    }
+    return [gathered | moment for moment in (in_head, reducing_head, in_block, at_end)]
+
+
+def _optimizing(sizes: Sizes) -> dict[str, int]:
+    """AdamW's own temporaries: of all parameters at once where they are plain CUDA tensors, else of one at a time."""
+    largest = max((held.nbytes for held in sizes.held if held.kind == "gradients"), default=0)
+    everything = sizes.device.type == "cuda" and not sizes.sharded
+    return {"temporaries": 0 if sizes.offloaded else sizes.held_bytes("gradients") if everything else 2 * largest}
+
+
+def _sampling(sizes: Sizes, gpu_bytes: int) -> dict[str, int]:
+    config = sizes.config
+    if config.engine.name == "vllm":
+        return {"vLLM": int(config.engine.memory * gpu_bytes)}
+    if config.engine.name == "vllm_server":
+        return {}
+    prompts = -(-config.batch.prompts_per_step // sizes.world_size)
+    rollouts = min(config.sampling.rollouts_per_batch, prompts * config.batch.samples_per_prompt)
+    # One layer's cache is copied as it grows, its old self still there.
+    layers = len(sizes.block_sizes) + 1
+    cache = layers * token_cache(sizes) * rollouts * (sizes.length + 1)
+    logits = rollouts * sizes.V * (sizes.item + 4 * DRAWN_COPIES)
+    return _gathered(sizes, whole=True) | {"KV cache": cache, "logits": logits}
+
+
+def token_cache(sizes: Sizes) -> int:
+    """Bytes of one token's key and value in one layer, in the compute dtype."""
+    shape: Any = sizes.shape
+    heads = getattr(shape, "num_key_value_heads", None) or shape.num_attention_heads
+    width = getattr(shape, "head_dim", None) or shape.hidden_size // shape.num_attention_heads
+    return 2 * heads * width * sizes.item
+
+
+def _publishing(sizes: Sizes, gpu_bytes: int) -> dict[str, int]:
+    """The largest weight whole in fp32, the chunk that is under way, and vLLM awake."""
+    engine = sizes.config.engine
+    largest = max(parameter.numel() for parameter in sizes.model.parameters())
+    share = int(engine.memory * gpu_bytes) if engine.name == "vllm" else 0
+    return {"vLLM": share, "weights under way": 4 * largest + (engine.transfer_mib << 20)}
