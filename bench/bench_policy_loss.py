@@ -62,10 +62,15 @@ def make_batch(shape: Shape, device: str) -> Batch:
     return Batch(operands, advantage_R, now_T - moved_T)
 
 
+def _with_gradients(loss: Tensor, hidden_TH: Tensor, weight_VH: Tensor) -> Made:
+    of_hidden_TH, of_weight_VH = torch.autograd.grad(loss, (hidden_TH, weight_VH))
+    return loss, of_hidden_TH, of_weight_VH
+
+
 def _one_pass(batch: Batch) -> Made:
     case = batch.operands.case
     loss, _ = linear_policy_loss(*case[:3], loss=batch.objective(), ignore_index=None)
-    return loss, *torch.autograd.grad(loss, case[:2])
+    return _with_gradients(loss, case.hidden_TH, case.weight_VH)
 
 
 def _on_logprobs(batch: Batch, call: Callable[..., Tensor]) -> Made:
@@ -73,7 +78,7 @@ def _on_logprobs(batch: Batch, call: Callable[..., Tensor]) -> Made:
     case = batch.operands.case
     logprob_T = call(*case[:3])
     loss = batch.objective()(logprob_T, torch.zeros_like(logprob_T), slice(None))
-    return loss, *torch.autograd.grad(loss, case[:2])
+    return _with_gradients(loss, case.hidden_TH, case.weight_VH)
 
 
 def _two_steps(hidden_TH: Tensor, weight_VH: Tensor, target_T: Tensor) -> Tensor:
@@ -101,7 +106,7 @@ def _liger(batch: Batch) -> Made:
         torch.ones(R, T // R, device=hidden_TH.device, dtype=torch.int64), batch.advantage_R,
         old_per_token_logps=batch.old_logprob_T.view(R, T // R),
     )  # fmt: skip
-    return loss, *torch.autograd.grad(loss, (hidden_TH, weight_VH))
+    return _with_gradients(loss, hidden_TH, weight_VH)
 
 
 # Call, settings, package, bound on relative errors, products.

@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from rivals import load
 from suite_cases import HEADS
 from suite_contest import Stopwatch
 from suite_machine import machine
@@ -124,20 +125,21 @@ def trl_update(size: Size, device: str, *, liger: bool) -> tuple[Update, Any]:
     """The same update through GRPOTrainer's own compute_loss, micro-batch by micro-batch, as its loop does it."""
     from datasets import Dataset
     from torch.nn.utils.rnn import pad_sequence
-    from trl import GRPOConfig, GRPOTrainer
 
     from entrocraft.train.tiny_model import ByT5Tokenizer
 
+    settings: Any = load("trl:GRPOConfig")
+    trainer_class: Any = load("trl:GRPOTrainer")
     model = make_model(size, device)
     rollouts, advantage_R = make_rollouts(size)
     steps = math.ceil(size.rollouts / size.microbatch)
-    config = GRPOConfig(
+    config = settings(
         output_dir=tempfile.mkdtemp(), use_cpu=device == "cpu", bf16=device == "cuda", report_to="none", beta=0.0,
         per_device_train_batch_size=size.microbatch, gradient_accumulation_steps=steps, num_generations=2,
         max_completion_length=size.response, loss_type="dapo",
         use_liger_kernel=liger, gradient_checkpointing=False, temperature=1.0,
     )  # fmt: skip
-    trainer = GRPOTrainer(
+    trainer = trainer_class(
         model=model, processing_class=ByT5Tokenizer(extra_ids=0), args=config, reward_funcs=lambda **_: [0.0],
         train_dataset=Dataset.from_dict({"prompt": ["a"] * size.rollouts}),
     )  # fmt: skip

@@ -3,7 +3,7 @@
 import json
 import math
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -231,18 +231,3 @@ def as_comparison(before: Saved, after: Saved) -> str:
     if len(lines) == 1:
         raise ValueError(f"{before.path} and {after.path} have no benchmark in common")
     return "\n".join([f"before: {about(before)}", f"after:  {about(after)}", "", *_aligned(lines, 2)])
-
-
-def write_tables(paths: Sequence[Path], out: Path | None, *, markdown: bool = False) -> str:
-    """What the command prints: a table of one file, a comparison of two; with `out` also table.md and scaling.png."""
-    saved = [load_results(path) for path in paths]
-    shape = as_markdown if markdown else as_text
-    text = as_comparison(*saved) if len(saved) == 2 else shape(saved[0])
-    if out is not None:
-        from entrocraft.train.bench_figure import draw
-
-        out.mkdir(parents=True, exist_ok=True)
-        (out / "table.md").write_text((as_markdown(saved[0]) if len(saved) == 1 else f"```\n{text}\n```") + "\n")
-        draw(saved, out / "scaling.png")
-        text += f"\n\n{out / 'table.md'}\n{out / 'scaling.png'}"
-    return text

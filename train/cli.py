@@ -73,17 +73,9 @@ def demo(argv: Sequence[str]) -> int | None:
 
 def bench(argv: Sequence[str]) -> int | None:
     """print saved benchmarks as a table, or two files beside each other; with --out write Markdown and a figure"""
-    parser = argparse.ArgumentParser(prog="entrocraft bench", description=bench.__doc__)
-    parser.add_argument("files", type=Path, nargs="+", metavar="FILE", help="JSON of one run, or of two to compare")
-    parser.add_argument("--out", type=Path, help="folder to write table.md and scaling.png into")
-    parser.add_argument("--markdown", action="store_true", help="print Markdown")
-    options = parser.parse_args(argv)
-    if len(options.files) > 2:
-        parser.error(f"{len(options.files)} files given: name one, or two to compare")
-    from entrocraft.train.bench_table import write_tables
+    from entrocraft.train.bench_command import main
 
-    print(write_tables(options.files, options.out, markdown=options.markdown))
-    return 0
+    return main(argv)
 
 
 def serve(argv: Sequence[str]) -> int | None:

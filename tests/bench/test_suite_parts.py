@@ -1,13 +1,14 @@
 """The suite's parts: its data, its truth, its clock, its scales; a contender with a wrong answer is refused."""
 
 import dataclasses
+import functools
 import math
 
 import pytest
 import torch
 from rivals import ALWAYS, Answer, all_rivals, run
 from suite_cases import HEADS, JOBS, Shape, make_operands, shapes
-from suite_contest import Clock, Contender, Measured, Stopwatch, compete, complaint, machine_rates, same_bits
+from suite_contest import Clock, Contender, Measured, Stopwatch, Thunk, compete, complaint, machine_rates, same_bits
 from suite_errors import Truth, bounds
 
 from entrocraft.kernels import linear_logprob_entropy_reference
@@ -64,7 +65,7 @@ def test_the_truth_of_every_job_is_that_of_the_fp64_reference(name):
     case, temperature_T = operands
     leaves = [leaf.detach().double().requires_grad_(leaf.requires_grad) for leaf in case[:2]]
     stats = linear_logprob_entropy_reference(
-        *leaves, case.target_T, temperature=1.0 if temperature_T is None else temperature_T.double()
+        leaves[0], leaves[1], case.target_T, temperature=1.0 if temperature_T is None else temperature_T.double()
     )
     gradients: tuple = ()
     if job.gradients:
@@ -116,6 +117,7 @@ def test_a_rival_that_is_wrong_is_refused_by_name_and_number():
     job = JOBS["logprob"]
     operands = make_operands(SHAPE, job, "peaked", device="cpu")
     answer, (hidden_grad, weight_grad) = run(RIVALS["entrocraft"], operands, job)
+    assert answer.logprob_T is not None
     truth = Truth(operands, job)
     shifted = Answer(answer.logprob_T + 1e-3)
     assert refused("eager_bf16", truth.errors(shifted, ())) is None  # within what its logits lose
@@ -154,7 +156,7 @@ def test_the_clock_tells_what_was_measured_and_rounds_take_turns():
         times.append(clock())
     assert times == [0.0, 0.5, 0.75, 0.75]
     order: list[str] = []
-    thunks = {name: (lambda name=name: order.append(name)) for name in "abc"}
+    thunks: dict[str, Thunk] = {name: functools.partial(order.append, name) for name in "abc"}
     taken = Stopwatch("cpu").interleaved(thunks, 2)
     assert order == ["a", "b", "c", "b", "c", "a"]
     assert all(len(seconds) == 2 and min(seconds) > 0 for seconds in taken.values())
