@@ -61,7 +61,7 @@ lint: install ## ruff check, ruff format --check, pyright
 
 bench: install ## time kernels and steps against their rivals
 	@if ls bench/bench_*.py >/dev/null 2>&1; then set -x; \
-	  $(VENV)/python -P -m pytest bench -q --benchmark-columns=min,median,stddev,rounds $(ARGS); \
+	  $(VENV)/python -P -m pytest bench -q -rs --benchmark-columns=min,median,stddev,rounds $(ARGS); \
 	else echo "bench/ holds no benchmark yet"; fi
 
 clean: ## remove .venv, caches and build folders; runs/ stays

@@ -152,14 +152,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 1 if failed else 0
 
 
-def bench_a_step_under_control(benchmark, tmp_path):
+def bench_ten_steps_under_control(benchmark, tmp_path):
     """Seconds of ten steps of the demo under `budget`, for `make bench`, once its curve is seen to be one."""
-
-    def ten_steps() -> dict[str, Any]:
-        models, data = prepare(tmp_path, [1], 20)
-        return run_case(Case("budget", "line", "one_pass", 1), tmp_path, models[1], data, 10)
-
-    row = benchmark.pedantic(ten_steps, rounds=1)
+    models, data = prepare(tmp_path, [1], 20)
+    case = Case("budget", "line", "one_pass", 1)
+    benchmark.group = "ten steps of the demo, one thread"
+    row = benchmark.pedantic(run_case, args=(case, tmp_path, models[1], data, 10), rounds=1)
     assert len(row["entropy"]) == 10
     assert all(0 < value < 6 for value in row["entropy"])
 

@@ -20,6 +20,7 @@ from head_cases import relative_error
 from rivals import load
 from suite_cases import JOBS, Shape, make_operands, shapes
 from suite_contest import CLOCK, Contender, Measured, compete, record
+from suite_errors import value_errors
 from torch import Tensor
 
 from entrocraft.kernels import logits_logprob_entropy, logits_logprob_entropy_reference
@@ -83,11 +84,8 @@ def group(shape: Shape, device: str, rounds: int) -> dict[str, Measured | str]:
 
     def errors(made: tuple[Tensor, Tensor, Tensor]) -> dict[str, float]:
         logprob_N, entropy_N, grad_NV = (value.detach()[rows] for value in made)
-        return {
-            "logprob_mean": float((logprob_N.double() - exact.logprob_T).abs().mean()),
-            "entropy_mean": float((entropy_N.double() - exact.entropy_T).abs().mean()),
-            "logits_grad": relative_error(grad_NV, exact_grad_NV),
-        }
+        found = value_errors(logprob_N, exact.logprob_T, entropy_N, exact.entropy_T)
+        return found | {"logits_grad": relative_error(grad_NV, exact_grad_NV)}
 
     field = {}
     for name, (call, settings, package, bound) in CALLS.items():

@@ -11,6 +11,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 import math
+import statistics
 from collections.abc import Callable
 from typing import Any
 
@@ -19,6 +20,7 @@ import torch
 from rivals import load
 from suite_cases import Shape, shapes
 from suite_contest import CLOCK, Contender, Measured, compete, record
+from suite_errors import value_errors
 from torch import Tensor
 
 from entrocraft.kernels import FusedHead
@@ -38,6 +40,12 @@ def make_model(shape: Shape, device: str) -> Any:
     )  # fmt: skip
     torch.manual_seed(0)
     return transformers.Qwen3ForCausalLM(config).to(device, torch.bfloat16).eval()
+
+
+@functools.cache
+def weights(shape: Shape) -> int:
+    """Of the layers and the head, which is the embedding too."""
+    return sum(value.numel() for value in make_model(shape, "meta").parameters())
 
 
 def _ours(model: Any, input_BL: Tensor, target_T: Tensor) -> tuple[Tensor, Tensor]:
@@ -87,10 +95,7 @@ def group(shape: Shape, device: str, rounds: int) -> dict[str, Measured | str]:
     entropy_N = -(logp_NV.exp() * logp_NV).sum(1)
 
     def errors(made: tuple[Tensor, Tensor]) -> dict[str, float]:
-        return {
-            "logprob_mean": float((made[0][some].double() - logprob_N).abs().mean()),
-            "entropy_mean": float((made[1][some].double() - entropy_N).abs().mean()),
-        }
+        return value_errors(made[0][some], logprob_N, made[1][some], entropy_N)
 
     def scored(call: Call) -> tuple[Tensor, Tensor]:
         with torch.no_grad():
@@ -116,7 +121,9 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 
 @pytest.mark.benchmark(timer=CLOCK)
-def bench_scoring(request: pytest.FixtureRequest, benchmark: Any, head: str, shape: Shape, name: str) -> None:
+def bench_scoring(
+    request: pytest.FixtureRequest, benchmark: Any, rates: Any, head: str, shape: Shape, name: str
+) -> None:
     """One pass over all tokens."""
     config: Any = request.config
     device = config.getoption("device")
@@ -124,4 +131,10 @@ def bench_scoring(request: pytest.FixtureRequest, benchmark: Any, head: str, sha
     if name not in found:
         (pytest.fail if device == "cpu" else pytest.skip)(f"{CALLS[name][2]} is not installed")
     benchmark.group = f"scoring {head} T={shape.T} V={shape.V}"
-    record(benchmark, found[name], head=head, **shape._asdict(), job="scoring", data="random model")
+    info: dict[str, Any] = {"head": head, **shape._asdict(), "job": "scoring", "data": "random model"}
+    if isinstance(measured := found[name], Measured):
+        # Two operations a token and weight, the head's among them, for everybody; attention itself is not counted.
+        operations = 2e-12 * shape.T * weights(shape) / statistics.median(measured.seconds)
+        info |= {"useful_tflops": operations, "executed_tflops": operations}
+        info |= {"share_of_gemm": operations / rates[shape]["gemm_tflops"], **rates[shape]}
+    record(benchmark, found[name], **info)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -57,8 +56,10 @@ def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: di
     machine_info["entrocraft"] = machine(str(config.getoption("device")))
 
 
+THREADS = torch.get_num_threads()  # OMP_NUM_THREADS says how many
+
+
 @pytest.fixture(autouse=True)
-def _few_threads() -> None:
-    """As many threads as the environment asks for: ratios on shared cores mean little otherwise."""
-    if "OMP_NUM_THREADS" in os.environ:
-        torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+def _same_threads() -> None:
+    """As many threads for every benchmark: one that trains a model sets its own number."""
+    torch.set_num_threads(THREADS)

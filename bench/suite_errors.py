@@ -53,13 +53,24 @@ class Truth:
         found: dict[str, float] = {}
         for name, value_T in (("logprob", answer.logprob_T), ("entropy", answer.entropy_T)):
             if value_T is not None:
-                error_N = (value_T.detach()[self.rows].double() - self.of_rows[name]).abs()
-                found[f"{name}_mean"], found[f"{name}_max"] = float(error_N.mean()), float(error_N.max())
+                found |= _nats(name, value_T[self.rows], self.of_rows[name])
         if gradients:
             found["hidden_grad"] = relative_error(gradients[0][self.rows], self.hidden_grad_NH)
         if len(gradients) == 2 and self.weight_grad_NH is not None:
             found["weight_grad"] = relative_error(gradients[1][self.columns], self.weight_grad_NH)
         return found
+
+
+def _nats(name: str, value_N: Tensor, exact_N: Tensor) -> dict[str, float]:
+    error_N = (value_N.detach().double() - exact_N.double()).abs()
+    return {f"{name}_mean": float(error_N.mean()), f"{name}_max": float(error_N.max())}
+
+
+def value_errors(
+    logprob_N: Tensor, exact_logprob_N: Tensor, entropy_N: Tensor, exact_entropy_N: Tensor
+) -> dict[str, float]:
+    """Mean and largest errors of log-probability and entropy, nats."""
+    return _nats("logprob", logprob_N, exact_logprob_N) | _nats("entropy", entropy_N, exact_entropy_N)
 
 
 def bounds(rival: Rival) -> dict[str, float]:

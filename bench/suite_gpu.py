@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -15,7 +17,8 @@ from typing import Any
 
 BENCH = Path(__file__).resolve().parent
 MINUTES = 8.0
-LEAST_S = 15.0  # a stage that has less is not begun
+LEAST_S = 25.0  # a stage that has less is not begun
+LAST_WORDS_S = 10.0  # for a stage that is interrupted to write down what it has
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,15 +101,21 @@ def environment(out: Path, smoke: bool) -> dict[str, Any]:
 
 
 def run_stage(stage: Stage, out: Path, seconds: float) -> dict[str, Any]:
-    """Runs it for so long at most; its output goes to NAME.log."""
+    """Runs it for so long at most, then interrupts it, on which pytest writes what was measured; its output goes to
+    NAME.log."""
     started = time.monotonic()
     with (out / f"{stage.name}.log").open("w") as log:
+        process = subprocess.Popen(stage.command(out), stdout=log, stderr=subprocess.STDOUT)
         try:
-            code: int | None = subprocess.run(
-                stage.command(out), stdout=log, stderr=subprocess.STDOUT, timeout=seconds
-            ).returncode
+            code: int | None = process.wait(seconds)
         except subprocess.TimeoutExpired:
             code = None
+            process.send_signal(signal.SIGINT)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(LAST_WORDS_S)
+        finally:
+            process.kill()
+            process.wait()
     took = round(time.monotonic() - started, 1)
     said = {0: "done", None: f"cut off after {seconds:.0f} s"}.get(
         code, f"failed, exit status {code}: {stage.name}.log"
@@ -162,7 +171,7 @@ def main(arguments: list[str] | None = None) -> int:
         if left < LEAST_S:
             print(f"{stage.name}: no time left", flush=True)
             continue
-        done.append(run_stage(stage, given.out, min(left, stage.most_s)))
+        done.append(run_stage(stage, given.out, min(left - LAST_WORDS_S, stage.most_s)))
         print(f"{stage.name}: {done[-1]['result']} ({done[-1]['seconds']} s)", flush=True)
         write_report(given.out, found, done)
     return int(any(one["result"].startswith("failed") for one in done))

@@ -36,13 +36,17 @@ def machine(device: str) -> dict[str, Any]:
 
 
 def commit() -> str | None:
-    """What is checked out, "-dirty" where files differ from it; None where git does not know."""
-    here = Path(__file__).resolve().parent
+    """What is checked out, "-dirty" where more differs from it than documents and results; None where git does not
+    know."""
+    root = Path(__file__).resolve().parent.parent
+    code = [".", ":(exclude)*.md", ":(exclude)bench/results"]
     try:
-        run = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=here, capture_output=True, text=True)
+        run = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=root, capture_output=True, text=True)
+        same = subprocess.run(["git", "diff", "--quiet", "HEAD", "--", *code], cwd=root, capture_output=True)
     except FileNotFoundError:
         return None
-    return run.stdout.strip() or os.environ.get("ENTROCRAFT_COMMIT")
+    name = run.stdout.strip()
+    return name + "-dirty" * (same.returncode == 1) if name else os.environ.get("ENTROCRAFT_COMMIT")
 
 
 def _cpu() -> str:

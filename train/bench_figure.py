@@ -12,7 +12,7 @@ Series = dict[str, list[Row]]  # contender -> rows along an axis
 
 
 def series(saved: Sequence[Saved]) -> dict[tuple[str, str], Series]:
-    """(title, "T" or "V") -> contenders with more than one size along it."""
+    """(title, "T" or "V") -> contenders with more than one size along it, at the largest size of the other."""
     found: dict[tuple[str, str], Series] = {}
     for number, one in enumerate(saved):
         for row in one.rows:
@@ -26,7 +26,19 @@ def series(saved: Sequence[Saved]) -> dict[tuple[str, str], Series]:
                 name = row.rival if number == 0 else f"{row.rival} (second file)"
                 found.setdefault((title.strip(), axis), {}).setdefault(name, []).append(row)
     long = {key: {name: rows for name, rows in lines.items() if len(rows) > 1} for key, lines in found.items()}
-    return {key: lines for key, lines in long.items() if lines}
+    # Of a job's panels along an axis, that of the largest size.
+    largest: dict[tuple[str, str], tuple[str, Series]] = {}
+    for (title, axis), lines in long.items():
+        if lines:
+            job, _, other = title.partition(" = ")
+            before = largest.get((job, axis))
+            if before is None or _size(other) > _size(before[0].partition(" = ")[2]):
+                largest[job, axis] = (title, lines)
+    return {(title, axis): lines for (_, axis), (title, lines) in largest.items()}
+
+
+def _size(text: str) -> int:
+    return int(text.replace(",", ""))
 
 
 def _lines(axes: Axes, axis: str, lines: Series, value: Callable[[Row], float | None], label: str) -> None:

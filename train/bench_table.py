@@ -176,8 +176,17 @@ def _below(rows: list[Row], machine: dict[str, Any]) -> str:
     """Floors, and who does not fit an H100."""
     texts = [f"{name} {ms:.3g} ms" for name, ms in floors(rows[0], machine).items()]
     line = f"Floor: {', '.join(texts)}." if texts else ""
-    large = [row.rival for row in rows if "capability" in machine and fits_h100(row) is False]
-    return line + (f" Would not fit into 80 GB: {', '.join(large)}." if large else "")
+    fits = {row.rival: fits_h100(row) for row in rows if "capability" in machine}
+    for word, wanted in (("Would fit into 80 GB", True), ("Would not", False)):
+        names = [name for name, fit in fits.items() if fit is wanted]
+        line += f" {word}: {', '.join(names)}." if names else ""
+    return line
+
+
+def _settings(saved: Saved) -> str:
+    """What each contender was asked for, in a line each."""
+    found = {f"{row.rival}: {row.info['settings']}": None for row in saved.rows if "settings" in row.info}
+    return "\n".join(f"- {line}" for line in found)
 
 
 def about(saved: Saved) -> str:
@@ -202,7 +211,7 @@ def as_text(saved: Saved) -> str:
     parts = [about(saved)]
     for group, rows in saved.groups().items():
         parts.append("\n".join([group, *_aligned(cells(rows), 1), _below(rows, saved.machine)]).rstrip())
-    return "\n\n".join(parts)
+    return "\n\n".join([*parts, _settings(saved)]).rstrip()
 
 
 def as_markdown(saved: Saved) -> str:
@@ -215,7 +224,7 @@ def as_markdown(saved: Saved) -> str:
         table.insert(1, "|---" * len(lines[0]) + "|")
         below = _below(rows, saved.machine)
         parts.append("\n".join(table) + (f"\n\n{below}" if below else ""))
-    return "\n\n".join([*parts, f"Measured on {about(saved)}."])
+    return "\n\n".join([*parts, f"Measured on {about(saved)}.", _settings(saved)]).rstrip()
 
 
 def as_comparison(before: Saved, after: Saved) -> str:

@@ -46,7 +46,8 @@ def test_a_table_has_the_fastest_first_and_leaves_empty_columns_out(saved, capsy
     assert lines[head + 2].split() == ["entrocraft", "10", "0.5", "256", "0.0034", "80%", "3.0e-07", "yes"]
     assert lines[head + 3].split() == ["eager_bf16", "20", "1", "75,340", "1", "2.0e-02", "no"]
     # 3 x 2 x 2048 x 2560 x 151936 operations at 790 TFLOP/s.
-    assert lines[head + 4] == "Floor: this machine 6.05 ms, H100 6.05 ms. Would not fit into 80 GB: eager_bf16."
+    below = "Floor: this machine 6.05 ms, H100 6.05 ms. Would fit into 80 GB: entrocraft. Would not: eager_bf16."
+    assert lines[head + 4] == below
 
 
 def test_floors_are_the_larger_of_operations_and_bytes(saved):
@@ -59,6 +60,28 @@ def test_floors_are_the_larger_of_operations_and_bytes(saved):
     assert fits_h100(row) is True
     assert fits_h100(results.rows[1]) is False
     assert floor_bytes(row) == 4 * 2560 * (2048 + 151936)
+
+
+def test_settings_are_printed_once_each(saved, tmp_path, capsys):
+    report = json.loads(saved.read_text())
+    for one in report["benchmarks"]:
+        one["extra_info"]["settings"] = "chunks of 8,192" if one["extra_info"]["rival"] == "eager_bf16" else "defaults"
+    path = tmp_path / "settings.json"
+    path.write_text(json.dumps(report))
+    for options in ((), ("--markdown",)):
+        assert main(["bench", str(path), *options]) == 0
+        assert capsys.readouterr().out.endswith("\n- entrocraft: defaults\n- eager_bf16: chunks of 8,192\n")
+
+
+def test_of_a_grid_of_sizes_the_largest_is_drawn(tmp_path):
+    sizes = [(T, V) for T in (64, 512) for V in (4_096, 65_536)]
+    benchmarks = [entry("entrocraft", T * V / 1e6, T=T, V=V) for T, V in sizes]
+    path = tmp_path / "grid.json"
+    path.write_text(json.dumps({"machine_info": {"entrocraft": {}}, "benchmarks": benchmarks}))
+    panels = series([load_results(path)])
+    assert {title for title, _ in panels} == {"both peaked, qwen3_4b V = 65,536", "both peaked, qwen3_4b T = 512"}
+    drawn = [[(row.info["T"], row.info["V"]) for row in lines["entrocraft"]] for lines in panels.values()]
+    assert sorted(drawn) == [[(64, 65_536), (512, 65_536)], [(512, 4_096), (512, 65_536)]]
 
 
 def test_two_files_are_compared_where_they_have_something_in_common(saved, tmp_path, capsys):
