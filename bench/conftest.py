@@ -33,8 +33,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Rivals' warnings are their authors' affair, and a benchmark is no test of ours."""
+    """Rivals' warnings are their authors' affair, and a benchmark is no test of ours. The folder of a JSON is made."""
     config.addinivalue_line("filterwarnings", "ignore")
+    target = config.getoption("benchmark_json", None)
+    if isinstance(target, (str, Path)):
+        Path(target).parent.mkdir(parents=True, exist_ok=True)
 
 
 @pytest.fixture(scope="session")

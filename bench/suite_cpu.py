@@ -67,12 +67,15 @@ def slim(report: dict[str, Any]) -> dict[str, Any]:
     return {"machine_info": machine, "datetime": report["datetime"], "benchmarks": rows}
 
 
-def quote(text: str, table: str) -> str:
-    """The document with this table, or tables, in the place of the one of the same size that it has.
+def quote(text: str, table: str, name: str) -> str:
+    """The document with this table, or tables, in the place of the one of the same size that it has, or of the comment
+    `<!-- name -->` where nothing was measured yet.
 
     Raises:
-        ValueError: it has none; the message has the table to put there.
+        ValueError: it has neither; the message has the table to put there.
     """
+    if f"<!-- {name} -->" in text:
+        return text.replace(f"<!-- {name} -->", table)
     first = table.partition("\n")[0].split("|")[1].strip()
     pattern = rf"^\| {re.escape(first)} \|.*?^Measured on [^\n]*"
     if not re.search(pattern, text, re.DOTALL | re.MULTILINE):
@@ -94,7 +97,10 @@ def write_down(name: str, out: Path, root: Path | None) -> None:
     for document in QUOTED.get(name, ()) if root else ():
         assert root is not None
         place = root / document
-        place.write_text(quote(place.read_text(), as_markdown(saved)))
+        place.write_text(quote(place.read_text(), as_markdown(saved), name))
+    if name == "scaling_cpu" and root:
+        place, figure = root / "docs/benchmarks.md", "![Time and memory](../bench/results/scaling_cpu.png)"
+        place.write_text(place.read_text().replace("<!-- scaling_cpu -->", figure))
 
 
 def main(arguments: list[str] | None = None, run: Callable[..., Any] = subprocess.run) -> int:

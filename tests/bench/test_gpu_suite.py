@@ -73,6 +73,21 @@ def test_a_stage_that_takes_too_long_is_cut_off_and_the_report_goes_on(tmp_path,
 
 
 @pytest.mark.slow
+def test_a_stage_of_benchmarks_that_is_cut_off_leaves_what_it_had(tmp_path, monkeypatch):
+    (tmp_path / "bench_two.py").write_text(
+        "import time\n"
+        "def test_quick(benchmark):\n    benchmark.pedantic(int, rounds=2)\n"
+        "def test_endless(benchmark):\n    time.sleep(60)\n"
+    )
+    monkeypatch.setattr(suite_gpu, "BENCH", tmp_path)
+    done = run_stage(Stage("two", "bench_two.py", ()), tmp_path, 12.0)
+    assert done["result"] == "cut off after 12 s"
+    assert done["seconds"] < 25
+    found = json.loads((tmp_path / "two.json").read_text())["benchmarks"]
+    assert [one["name"] for one in found] == ["test_quick"]
+
+
+@pytest.mark.slow
 def test_every_script_takes_its_stage_s_arguments(tmp_path):
     """pytest collects, the others print their help."""
     scripts = {stage.script: stage for stage in long()}

@@ -13,9 +13,10 @@ TABLE = "| T=1 V=2 | ms |\n|---|---|\n| entrocraft | 1 |\n\nMeasured on a machin
 def test_a_table_takes_the_place_of_the_older_one_and_nothing_else_changes():
     old = TABLE.replace("| 1 |", "| 7 |\n| gone | 9 |").replace("new", "old")
     other = TABLE.replace("T=1", "T=3")
-    assert quote(f"Before.\n\n{other}\n\n{old}\n\nAfter.\n", TABLE) == f"Before.\n\n{other}\n\n{TABLE}\n\nAfter.\n"
+    assert quote(f"Before.\n\n{other}\n\n{old}\n\nAfter.\n", TABLE, "a") == f"Before.\n\n{other}\n\n{TABLE}\n\nAfter.\n"
     with pytest.raises(ValueError, match="no table begins with 'T=1 V=2'"):
-        quote("Nothing here.", TABLE)
+        quote("Nothing here. <!-- b -->", TABLE, "a")
+    assert quote("Here:\n\n<!-- a -->\n", TABLE, "a") == f"Here:\n\n{TABLE}\n"
 
 
 @pytest.mark.parametrize("name", [name for name in QUOTED if (ROOT / f"bench/results/{name}.json").is_file()])
@@ -23,7 +24,7 @@ def test_documents_quote_the_committed_results(name):
     table = as_markdown(load_results(ROOT / f"bench/results/{name}.json"))
     for document in QUOTED[name]:
         text = (ROOT / document).read_text()
-        assert quote(text, table) == text, f"{document}: run `python bench/suite_cpu.py --only {name}`"
+        assert quote(text, table, name) == text, f"{document}: run `python bench/suite_cpu.py --only {name}`"
 
 
 def test_a_slim_report_says_nothing_of_paths_or_hosts():

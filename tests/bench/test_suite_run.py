@@ -93,7 +93,7 @@ def test_a_rival_that_should_run_and_does_not_fails(tmp_path):
 
 @pytest.mark.slow
 def test_the_other_benchmarks_run_and_nobody_is_left_out(tmp_path):
-    out = tmp_path / "rest.json"
+    out = tmp_path / "made" / "rest.json"
     files = [BENCH / f"bench_{name}.py" for name in ("logits_logprob", "policy_loss", "scoring", "rejection")]
     small = ("--heads", "tiny", "--tokens", 64, "--device", "cpu", "--bench-rounds", 2)
     run = run_bench("bench_train_step.py", *files, *small, f"--benchmark-json={out}")
