@@ -54,14 +54,19 @@ def troubled(completion, answer, prompt):
 @pytest.fixture
 def work(tmp_path):
     """A folder with problems, rewards that can be imported, and a small configuration."""
-    (tmp_path / "my_rewards.py").write_text(REWARDS)
+    prepare(tmp_path)
+    return tmp_path
+
+
+def prepare(folder):
+    (folder / "my_rewards.py").write_text(REWARDS)
     problems = [{"prompt": f"{i} plus {i} is", "answer": str(i)} for i in range(12)]
-    (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in problems))
+    (folder / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in problems))
     config = {
-        "run_dir": str(tmp_path / "run"),
+        "run_dir": str(folder / "run"),
         "device": "cpu",
         "model": {"tiny": {"hidden_size": 16, "layers": 1, "heads": 2, "mlp_size": 32, "context": 64}},
-        "data": {"train": str(tmp_path / "train.jsonl"), "max_prompt_tokens": 32},
+        "data": {"train": str(folder / "train.jsonl"), "max_prompt_tokens": 32},
         "batch": {"prompts_per_step": 4, "samples_per_prompt": 4, "updates_per_step": 2, "tokens_per_microbatch": 128},
         "sampling": {"max_response_tokens": 6},
         "reward": {"name": "my_rewards:odd", "workers": 0},
@@ -70,8 +75,7 @@ def work(tmp_path):
         "optimizer": {"steps": 12, "lr": 0.01},
         "checkpoint": {"every": 3},
     }
-    (tmp_path / "run.yaml").write_text(yaml.safe_dump(config))
-    return tmp_path
+    (folder / "run.yaml").write_text(yaml.safe_dump(config))
 
 
 def command(work, *overrides):
@@ -109,6 +113,7 @@ def here(work, *overrides, code=0):
     out, err = io.StringIO(), io.StringIO()
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         patch.syspath_prepend(str(work))
+        patch.delitem(sys.modules, "my_rewards", raising=False)  # another test's
         assert report_errors(lambda: main([f"--config={work / 'run.yaml'}", *overrides])) == code, err.getvalue()
     return SimpleNamespace(stdout=out.getvalue(), stderr=err.getvalue())
 
@@ -131,9 +136,16 @@ def lines_in(path):
     return path.read_text().count("\n") if path.exists() else 0
 
 
-def test_killed_and_resumed_equals_uninterrupted_step_by_step(work):
-    run(work, f"--run_dir={work / 'whole'}")
-    expected = rows(work / "whole")
+@pytest.fixture(scope="module")
+def expected(tmp_path_factory):
+    """The rows of a run that nothing interrupts, in a process of its own."""
+    folder = tmp_path_factory.mktemp("whole")
+    prepare(folder)
+    run(folder)
+    return rows(folder / "run")
+
+
+def test_killed_and_resumed_equals_uninterrupted_step_by_step(work, expected):
     assert [row["step"] for row in expected] == list(range(1, 13))
     assert any(row["kept_fraction"] < 1 for row in expected)
     assert len({row["grad_norm"] for row in expected}) == 12
@@ -151,7 +163,7 @@ def test_killed_and_resumed_equals_uninterrupted_step_by_step(work):
     assert (work / "run" / "curves.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_ctrl_c_ends_cleanly_with_a_checkpoint_that_goes_on(work):
+def test_ctrl_c_ends_cleanly_with_a_checkpoint_that_goes_on(work, expected):
     process = start(work, "--checkpoint.every=100")
     metrics = work / "run" / "metrics.jsonl"
     wait_for(process, lambda: lines_in(metrics) >= 2)
@@ -163,8 +175,7 @@ def test_ctrl_c_ends_cleanly_with_a_checkpoint_that_goes_on(work):
     assert stopped < 12
     assert [p.name for p in (work / "run" / "checkpoints").iterdir()] == [f"step_{stopped:06d}"]
     run(work, "--resume=auto", "--checkpoint.every=100")
-    run(work, f"--run_dir={work / 'whole'}")
-    assert rows(work / "run") == rows(work / "whole")
+    assert rows(work / "run") == expected
 
 
 def test_a_run_is_not_written_over_and_not_mixed_with_other_settings(work):
@@ -312,8 +323,8 @@ def test_switch_refuses_rewards_of_0_and_1(work):
 def test_a_checkpoint_before_the_first_update_changes_nothing(work):
     """No reward differs within a group until step 3, so the optimizer is unused when the first checkpoints are made."""
     late = ("--reward.name=my_rewards:late", "--entropy.rule=none", "--optimizer.steps=6")
-    run(work, *late, "--checkpoint.every=1")
-    run(work, *late, "--checkpoint.every=100", f"--run_dir={work / 'whole'}")
+    here(work, *late, "--checkpoint.every=1")
+    here(work, *late, "--checkpoint.every=100", f"--run_dir={work / 'whole'}")
     updates = [row["updates"] for row in rows(work / "whole")]
     assert updates[:2] == [0, 0]
     assert updates[-1] > 0
@@ -331,7 +342,7 @@ def test_one_process_a_folder_and_records_are_set_aside(work):
     for mark in (work / "run" / "checkpoints").glob("*/COMPLETE.json"):
         mark.unlink()
     before = (work / "run" / "metrics.jsonl").read_text()
-    run(work, "--resume=auto", "--optimizer.steps=2")
+    here(work, "--resume=auto", "--optimizer.steps=2")
     assert len(rows(work / "run")) == 2
     (aside,) = (work / "run").glob("metrics.jsonl.before-*")
     assert aside.read_text() == before

@@ -19,16 +19,18 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from entrocraft.train.config import Config
 from entrocraft.train.config_engine import EngineConfig
+from entrocraft.train.config_reader import load_config
 from entrocraft.train.errors import TrainingStopped
 from entrocraft.train.run_difference import compare_checkpoints, compare_records, compare_statistically
+from entrocraft.train.train import run_training
 from entrocraft.train.verify_resume import asked_for, exactness, judge, parse
 
 SCRIPT = Path(__file__).resolve().parents[2] / "train" / "train.py"
 TORCHRUN = ("-P", "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
 
 
-def verified(work, *launcher):
-    """The command in a process of its own."""
+def prepared(work):
+    """A folder with rewards, problems and `run.yaml`."""
     (work / "odd_rewards.py").write_text("def odd(completion, answer, prompt): return float(len(completion) % 2)\n")
     problems = [{"prompt": f"{i} plus {i} is", "answer": str(i)} for i in range(12)]
     (work / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in problems))
@@ -45,6 +47,11 @@ def verified(work, *launcher):
         "evaluation": {"every": 2, "samples": 2},
     }
     (work / "run.yaml").write_text(yaml.safe_dump(config))
+
+
+def verified(work, *launcher):
+    """The command in a process of its own."""
+    prepared(work)
     return subprocess.run(
         [sys.executable, *launcher, str(SCRIPT), "--verify-resume=4", "--config=run.yaml"],
         env={**os.environ, "PYTHONPATH": str(work), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "COLUMNS": "200"},
@@ -55,17 +62,10 @@ def verified(work, *launcher):
     )
 
 
-@pytest.fixture(scope="module")
-def runs(tmp_path_factory):
-    """Both runs of a verification on one process, and what it printed."""
-    work = tmp_path_factory.mktemp("verified")
-    done = verified(work)
+def test_one_process_goes_on_bit_for_bit(tmp_path):
+    done = verified(tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
-    return work / "run" / "verify_resume", done.stdout
-
-
-def test_one_process_goes_on_bit_for_bit(runs):
-    folder, told = runs
+    folder, told = tmp_path / "run" / "verify_resume", done.stdout
     assert "1 process(es), exact: " in told
     assert "resume verified, " in told
     assert "seconds_publish" in told  # left out, like all that depends on the clock
@@ -88,11 +88,24 @@ def test_two_processes_go_on_bit_for_bit(tmp_path):
     assert "2 process(es), exact: " in done.stdout
 
 
+@pytest.fixture(scope="module")
+def four_steps(tmp_path_factory):
+    """A run of four steps, made in this process."""
+    work = tmp_path_factory.mktemp("four_steps")
+    prepared(work)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(work))
+        patch.chdir(work)
+        run_training(load_config(["--config=run.yaml", "--optimizer.steps=4", "--checkpoint.every=2"]))
+    return work / "run"
+
+
 @pytest.fixture
-def copies(runs, tmp_path):
-    """The same two runs, to be tampered with."""
-    shutil.copytree(runs[0], tmp_path / "both")
-    return tmp_path / "both" / "whole", tmp_path / "both" / "resumed"
+def copies(four_steps, tmp_path):
+    """Two runs that are equal, to be tampered with."""
+    for name in ("whole", "resumed"):
+        shutil.copytree(four_steps, tmp_path / name)
+    return tmp_path / "whole", tmp_path / "resumed"
 
 
 def differences(lines):
@@ -121,6 +134,7 @@ def test_a_difference_is_a_verdict_with_the_first_one_named(copies, capsys):
     rows[2]["grad_norm"] += 1.0
     rows[3]["reward"] = 7.0
     (resumed / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (resumed.parent / "resumed.rank0.log").write_text("resuming after step 2\n")
     table = io.StringIO()
     console = Console(file=table, width=200)
     assert judge(Config(), whole, resumed, 4, 1, console)  # exit status 1
