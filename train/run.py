@@ -196,22 +196,7 @@ class Run:
         counted_R = torch.bincount(rollouts.rollout_T[rollouts.mask_T], minlength=rollouts.R)
         advantage_R = self.advantage(reward_R, rollouts.group_R, counted_R)
         entropy = float(stats.entropy_T[rollouts.mask_T].double().mean())
-        signal = Signal(
-            step=self.step - 1,
-            steps=self.config.optimizer.steps,
-            entropy=entropy,
-            target=self.controller.target(self.step, entropy=entropy),
-        )
-        self.method_state = self.method.observe(self.method_state, signal)
-        learning = Learning(
-            method=self.method,
-            state=self.method_state,
-            aggregation=self.aggregation,
-            config=self.config,
-            step=self.step,
-            member_R=members(self.advantage, reward_R, rollouts.group_R),
-            importance=self.importance,
-        )
+        learning = self._learning(entropy, members(self.advantage, reward_R, rollouts.group_R))
         objective = learning.objective(rollouts, stats, stats.logprob_T, advantage_R, None, learning.member_R)
         decision = self.controller.decide(
             step=self.step,
@@ -234,6 +219,25 @@ class Run:
         penalty = self.reference.penalty(rollouts, stats, decision, self.config.batch.tokens_per_microbatch)
         metrics = {**decision.metrics, "reference_kl": divergence(penalty, stats, rollouts.mask_T)}
         return replace(decision, metrics=metrics), replace(learning, penalty=penalty)
+
+    def _learning(self, entropy: float, member_R: torch.Tensor | None) -> Learning:
+        """How this step learns, after the method has seen the entropy, nats."""
+        signal = Signal(
+            step=self.step - 1,
+            steps=self.config.optimizer.steps,
+            entropy=entropy,
+            target=self.controller.target(self.step, entropy=entropy),
+        )
+        self.method_state = self.method.observe(self.method_state, signal)
+        return Learning(
+            method=self.method,
+            state=self.method_state,
+            aggregation=self.aggregation,
+            config=self.config,
+            step=self.step,
+            member_R=member_R,
+            importance=self.importance,
+        )
 
     def evaluation_due(self) -> bool:
         """Whether the present step ends with an evaluation."""
