@@ -1,6 +1,6 @@
 """A training step of Qwen3-4B's shape on one GPU: speed, arithmetic used, memory against the plan, what still fits.
 
-    python bench/gpu_train_step.py --out results/                                    # on a GPU, ten minutes a part at most
+    python bench/gpu_train_step.py --out results/                                  # on a GPU, ten minutes a part
     python bench/gpu_train_step.py --out /tmp/o --size tiny --parts whole rank_of_8  # on a CPU, seconds
 
 A machine with torch and transformers that can fetch nothing is carried the rest: `pip install --target carried
