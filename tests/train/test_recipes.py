@@ -86,6 +86,7 @@ def test_every_file_gives_a_run_that_could_begin(path):
             *(1024, 8, 4),
         )
         assert config.reward.signed
+        assert (config.engine.name, config.importance.correct) == ("vllm", False)
 
 
 @pytest.mark.parametrize("name", BANDS)
@@ -170,6 +171,7 @@ def small(tmp_path, monkeypatch):
         "data": {"train": str(tmp_path / "problems.jsonl")},
         "batch": {"prompts_per_step": 4, "samples_per_prompt": 4, "tokens_per_microbatch": 512},
         "sampling": {"max_response_tokens": 6},
+        "engine": {"name": "hf"},
         "reward": {"name": "recipe_rewards:odd", "workers": 0},
         "optimizer": {"steps": 2, "lr": 1e-3},
         "evaluation": {
