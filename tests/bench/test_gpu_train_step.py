@@ -48,7 +48,7 @@ def test_what_is_planned_is_what_a_round_allocates(bench, ranks):
     head's workspace is the CPU's here: one fp32 [tokens, V] in a backward pass, and nothing that is seen in a forward.
     """
     cpu, sequences = torch.device("cpu"), 8
-    shape, length, _ = bench.SIZES["tiny"]
+    shape = bench.SIZES["tiny"][0]
     config = bench.settings("tiny", sequences, "cpu")
     plan = {phase.name: phase.parts for phase in make_plan(config, ranks, shape=json.dumps(shape)).phases}
     with bench.joined(ranks, cpu):

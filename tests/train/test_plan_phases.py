@@ -50,7 +50,7 @@ def test_scores_that_are_taken_beside_an_engine_that_is_awake():
     evaluated = plan(VLLM, "--engine.memory=0.4", held_out)
     assert awake_in(evaluated) == ["sample", "publish", "evaluate"]
     found = phases(evaluated)
-    assert found["evaluate"] == found["score"] | {"vLLM": 32 * GB}
+    assert found["evaluate"] == {**found["score"], "vLLM": 32 * GB}
     assert evaluated.peak >= sum(found["score"].values()) + 32 * GB
     drawn_only = phases(plan(VLLM, "--engine.memory=0.4", held_out, "--evaluation.entropy=false"))
     assert drawn_only["evaluate"] == drawn_only["sample"]

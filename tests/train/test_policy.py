@@ -107,7 +107,7 @@ def test_no_look_at_the_model_gathers_it_whole(sharded):
 
     seen = []
     for block in blocks(sharded.model):
-        block.mlp.register_forward_pre_hook(lambda *_: seen.append(gathered(True)))
+        block.get_submodule("mlp").register_forward_pre_hook(lambda *_: seen.append(gathered(True)))
     rollouts = HuggingFaceEngine(
         build_tiny_model(SHAPE, 0)[0], SamplingConfig(max_response_tokens=4), eos_ids=[1], pad_id=0
     ).sample([(5, 6, 7)], 2, stream=(0,))

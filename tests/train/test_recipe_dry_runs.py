@@ -128,7 +128,7 @@ def small(tmp_path, monkeypatch):
         "optimizer": {"steps": 1, "lr": 1e-3},
         "evaluation": {
             "samples": 2, "pass_at": [1, 2], "max_response_tokens": 2, "at_prompts": [4], "bootstrap": 10,
-            "sets": {"held": {"path": problems(tmp_path / "held_out.jsonl", 203, 2)}}, "rollouts_per_batch": 2,
+            "sets": {"held": {"path": problems(tmp_path / "held_out.jsonl", 203, 2)}}, "rollouts_per_batch": 4,
         },
     }  # fmt: skip
     (tmp_path / "small.yaml").write_text(yaml.safe_dump(settings))
