@@ -151,6 +151,12 @@ def sharded_modules(model: nn.Module) -> list[Any]:
     return [module for module in model.modules() if isinstance(module, FSDPModule)]
 
 
+def release_weights(model: Any) -> None:
+    """Lets go of what a forward pass left gathered: without a backward pass after it, FSDP would keep the root's."""
+    for module in sharded_modules(model):
+        module.reshard()
+
+
 @contextmanager
 def whole_weights(model: Any) -> Iterator[None]:
     """Inside the block every rank has all weights, in the compute dtype, and forward passes talk to no other rank.

@@ -5,6 +5,7 @@ import io
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -134,6 +135,29 @@ def wait_for(process, condition, limit=180.0):
 
 def lines_in(path):
     return path.read_text().count("\n") if path.exists() else 0
+
+
+def test_less_memory_from_a_checkpoint_on_is_the_same_run(work):
+    """The remedies of a run that is out of memory: smaller micro-batches and batches of rollouts, recomputation.
+
+    Advantages that are no differences: a loss in which they cancel is nearly all rounding.
+    """
+    short = ["--optimizer.steps=6", "--optimizer.lr=1e-4", "--entropy.rule=null", "--reference.kl_coefficient=0.01"]
+    short.append("--loss.advantage=reinforce")
+    here(work, *short)
+    whole = rows(work / "run")
+    for folder in (work / "run" / "checkpoints").iterdir():
+        if folder.name > "step_000003":
+            shutil.rmtree(folder)
+    smaller = ["--batch.tokens_per_microbatch=40", "--model.gradient_checkpointing=true", "--reference.offload=true"]
+    here(work, *short, "--resume=auto", *smaller, "--sampling.rollouts_per_batch=3")
+    again = rows(work / "run")
+    assert [row["step"] for row in again] == [1, 2, 3, 4, 5, 6]
+    assert again[:3] == whole[:3]
+    for name in ("loss", "grad_norm", "entropy", "reward", "reference_kl"):
+        new, old = ([row[name] for row in made[3:]] for made in (again, whole))
+        assert new == pytest.approx(old, rel=1e-5), name
+    assert [row["grad_norm"] for row in again[3:]] != [row["grad_norm"] for row in whole[3:]], "as if nothing changed"
 
 
 @pytest.fixture(scope="module")
