@@ -26,10 +26,19 @@ from entrocraft.train.verify_resume import asked_for, exactness, judge, parse
 SCRIPT = Path(__file__).resolve().parents[2] / "train" / "train.py"
 TORCHRUN = ("-P", "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
 
+# Tosses coins of Python's and of numpy's, as a reward of one's own may: their states must be in the checkpoint.
+REWARD = """
+import random
+import numpy as np
+
+def odd(completion, answer, prompt):
+    return float((len(completion) + (random.random() < 0.2) + (np.random.random() < 0.2)) % 2)
+"""
+
 
 def verified(work, *launcher):
     """The command in a process of its own."""
-    (work / "odd_rewards.py").write_text("def odd(completion, answer, prompt): return float(len(completion) % 2)\n")
+    (work / "odd_rewards.py").write_text(REWARD)
     problems = [{"prompt": f"{i} plus {i} is", "answer": str(i)} for i in range(12)]
     (work / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in problems))
     config = {
@@ -75,7 +84,9 @@ def test_one_process_goes_on_bit_for_bit(runs):
     assert metrics > 2 * 40
     assert counts["final weights"] == 14
     assert counts["final optimizer"] > 2 * 14
-    assert counts["final random state"] == 1
+    assert {kind: counts[f"final random state, {kind}"] for kind in ("torch", "python", "numpy")} == dict.fromkeys(
+        ("torch", "python", "numpy"), 1
+    )
     steps = [json.loads(row)["step"] for row in (folder / "resumed" / "metrics.jsonl").read_text().splitlines()]
     assert steps == [1, 2, 3, 4]
     assert not (folder.parent / "metrics.jsonl").exists()
@@ -135,7 +146,7 @@ def test_a_difference_is_a_verdict_with_the_first_one_named(copies, capsys):
 
 
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled", "ignore:Detected an existing checkpoint")
-@pytest.mark.parametrize("prefix", ["model.", "optimizer.state.", "torch_rng_0"])
+@pytest.mark.parametrize("prefix", ["model.", "optimizer.state.", "torch_rng_0", "numpy_rng_0"])
 def test_one_changed_bit_in_a_checkpoint_is_named(copies, prefix):
     one, other = (run / "checkpoints" / "step_000004" for run in copies)
     assert differences(compare_checkpoints(one, other)) == {}
