@@ -113,8 +113,7 @@ class ImportanceConfig:
     """Weights that correct for a sampler whose probabilities are not the policy's: `entrocraft.importance`."""
 
     correct: bool = True
-    """Multiply each token's loss by its weight. Does nothing with `engine.name: hf`, which samples from the policy
-    itself."""
+    """Multiply each token's loss by its weight. In float32 with `engine.name: hf` the weights are 1 within rounding."""
     level: Literal["token", "sequence", "geometric"] = "token"
     """Ratio of a token, of a whole rollout, or the geometric mean over a rollout."""
     action: Literal["truncate", "mask", "reject"] = "truncate"
