@@ -63,9 +63,7 @@ def load_whole(
     path, remote = local_path(config), config.trust_remote_code
     with told_as_users_mistake(config):
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=remote)
-        model = AutoModelForCausalLM.from_pretrained(
-            path, dtype=dtype, use_safetensors=True, trust_remote_code=remote
-        )
+        model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, use_safetensors=True, trust_remote_code=remote)
     _prepare(model, config, attention)
     return model, tokenizer
 
