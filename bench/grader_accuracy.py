@@ -1,7 +1,7 @@
 r"""How often math_verify agrees with the gold answers of data sets, graded against themselves.
 
-    python bench/grader_accuracy.py 'gsm8k_test.jsonl:pattern=####\s*(.+)$:solution=answer' aime24.jsonl:solution=solution \
-        amc23.jsonl --out bench/results/grader_accuracy.json
+    python bench/grader_accuracy.py 'gsm8k_test.jsonl:pattern=####\s*(.+)$:solution=answer' \
+        aime24.jsonl:solution=solution amc23.jsonl --out bench/results/grader_accuracy.json
 
 A set is a JSONL file, with what is not usual about it: `answer`, the field of the gold; `pattern`, a regular expression
 whose one group is the gold; `solution`, a field with a worked solution, which is graded too. Each gold is written in

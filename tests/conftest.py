@@ -23,7 +23,8 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"  # its threads and our forks do n
 # Beside other test processes one thread each.
 torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else min(2, os.cpu_count() or 1))
 
-# torch looks up once, at the first use of a device as a context, which functions it is to bend: before any is patched below.
+# torch looks up once, at the first use of a device as a context, which functions it is to bend: before any is patched
+# below.
 with torch.device("meta"):
     assert torch.empty(0).is_meta
 

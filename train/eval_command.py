@@ -5,9 +5,10 @@
     entrocraft eval Qwen/Qwen3-4B --config train/configs/evaluation.yaml --evaluation.samples=64
 
 The first argument is the folder of a run that has ended or was stopped, or a model: a folder with safetensors or a hub
-id. Any setting of the trainer may follow, as on its command line; it is one process. Results go to `eval/` in the run's folder, or to
+id. Any setting of the trainer may follow, as on its command line. Results go to `eval/` in the run's folder, or to
 `--out`: `results.json`, `pass_at_k.png`, `samples.jsonl`, and `<set>.jsonl` with a line for each batch of problems,
-from which a stopped evaluation goes on; what it gives then is what it would have given.
+from which a stopped evaluation goes on; what it gives then is what it would have given. It is one process: with vLLM
+and `--evaluation.entropy false` the model is in memory once, in vLLM's.
 """
 
 from __future__ import annotations

@@ -58,8 +58,8 @@ def stored_states(folder: Path, state: Mapping[str, Any], ranks: Ranks, device: 
     if missing and ranks.main:
         print(
             f"warning: {folder} holds no random state of {' and '.join(missing)}: it was written by an older version, "
-            f"or not on {device.type}. What is drawn from there (by dropout, by a reward of your own) goes on otherwise "
-            "than in an uninterrupted run",
+            f"or not on {device.type}. What is drawn from there (by dropout, by a reward of your own) goes on "
+            "otherwise than in an uninterrupted run",
             file=sys.stderr,
         )
     if ranks.rank >= state["ranks"]:  # there were fewer

@@ -109,6 +109,7 @@ class Run:
         self.last_direction = 0
         self.step = 0
         self.samples = 0
+        self.drawn_now = 0
         self.bad_in_a_row = 0
         self.told_of_rewards = False
 
@@ -237,10 +238,20 @@ class Run:
         metrics = {**decision.metrics, "reference_kl": divergence(penalty, stats, rollouts.mask_T)}
         return replace(decision, metrics=metrics), replace(learning, penalty=penalty)
 
+    def count(self, rollouts: Rollouts) -> None:
+        """Counts what the present step sampled, whatever became of it."""
+        self.samples, self.drawn_now = self.samples + rollouts.R, rollouts.R
+
+    @property
+    def prompts_drawn(self) -> int:
+        """Training prompts that were sampled so far, those that refilled or oversampled a batch included."""
+        return self.samples // self.config.batch.samples_per_prompt
+
     def evaluation_due(self) -> bool:
         """Whether the present step ends with an evaluation."""
         last = self.step == self.config.optimizer.steps
-        due = last or self.config.evaluation.due(self.step, self.config.batch.prompts_per_step)
+        before = self.prompts_drawn - self.drawn_now // self.config.batch.samples_per_prompt
+        due = last or self.config.evaluation.due(self.step, before, self.prompts_drawn)
         return bool(self.held_out) and due
 
     def skip_step(self, rollouts: Rollouts, reward_R: torch.Tensor, reason: str, log: MetricsLog) -> None:

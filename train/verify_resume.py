@@ -188,7 +188,9 @@ def judge(config: Config, whole: Path, resumed: Path, steps: int, processes: int
         last = [CheckpointFolder(run, keep=2).whole()[-1] for run in (whole, resumed)]
         lines = compare_records(whole, resumed, after=steps // 2) + compare_checkpoints(*last)
     else:
-        lines = compare_statistically(whole, resumed, after=steps // 2, exact=("lr", "samples", "prompts", "staleness"))
+        more = config.refill.oversample or config.refill.zero_variance == "refill"
+        exact_names = ("lr", "staleness") if more else ("lr", "samples", "prompts", "staleness")
+        lines = compare_statistically(whole, resumed, after=steps // 2, exact=exact_names)
     table = Table("compared", "count", "result", title=f"resume, {processes} process(es), {why}", title_justify="left")
     for line in lines:
         note = f" ({line.note})" if line.note else ""

@@ -12,7 +12,7 @@ import torch
 
 from entrocraft.train.checkpoint import CheckpointFolder
 from entrocraft.train.checkpoint_files import is_whole, value_of
-from entrocraft.train.config import TinyModelConfig
+from entrocraft.train.config_model import TinyModelConfig
 from entrocraft.train.errors import TrainingStopped
 from entrocraft.train.random_states import seed_all
 from entrocraft.train.tiny_model import build_tiny_model

@@ -11,7 +11,7 @@ import pytest
 import torch
 import yaml
 
-from entrocraft.train.config import TinyModelConfig
+from entrocraft.train.config_model import TinyModelConfig
 from entrocraft.train.config_reader import load_config
 from entrocraft.train.engines import sampled_context
 from entrocraft.train.eval_command import load_policy, main

@@ -8,8 +8,9 @@ from safetensors.torch import load_file, save_file
 from torch.distributed.device_mesh import init_device_mesh
 from transformers import AutoModelForCausalLM
 
-from entrocraft.train.config import ModelConfig, TinyModelConfig
+from entrocraft.train.config import ModelConfig
 from entrocraft.train.config_lora import LoraConfig
+from entrocraft.train.config_model import TinyModelConfig
 from entrocraft.train.config_parallel import ParallelConfig
 from entrocraft.train.export import export, named_weights
 from entrocraft.train.loading import load, load_sharded

@@ -5,7 +5,8 @@ import math
 import pytest
 import torch
 
-from entrocraft.train.config import SamplingConfig, TinyModelConfig
+from entrocraft.train.config import SamplingConfig
+from entrocraft.train.config_model import TinyModelConfig
 from entrocraft.train.errors import NonFiniteError
 from entrocraft.train.mismatch import mismatch_metrics
 from entrocraft.train.policy import Policy

@@ -9,9 +9,11 @@ import pytest
 import torch
 
 import entrocraft.kernels.hf_head as hf_head
+import entrocraft.train.train as train_module
 from entrocraft import Rollouts, TokenStats
 from entrocraft.kernels import FusedHead
-from entrocraft.train.config import TinyModelConfig
+from entrocraft.train.config_checkpoint import SelfCheckConfig
+from entrocraft.train.config_model import TinyModelConfig
 from entrocraft.train.packing import pack
 from entrocraft.train.policy import Policy
 from entrocraft.train.self_check import differences, due, some_rows
@@ -114,7 +116,7 @@ def trained(work, *overrides):
         *(f"--run_dir={work / 'run'}", f"--data.train={work / 'train.jsonl'}", "--device=cpu"),
         *("--batch.prompts_per_step=4", "--batch.samples_per_prompt=4", "--batch.tokens_per_microbatch=64"),
         *("--sampling.max_response_tokens=6", "--reward.name=odd_rewards:odd", "--reward.workers=0"),
-        *("--optimizer.steps=3", "--checkpoint.every=1", "--self_check.every=2"),
+        *("--optimizer.steps=3", "--checkpoint.every=1"),
     ]
     errors = io.StringIO()
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stderr(errors):
@@ -124,8 +126,24 @@ def trained(work, *overrides):
     return code, errors.getvalue(), [json.loads(line) for line in metrics.read_text().splitlines()]
 
 
-def test_it_is_on_and_what_it_finds_is_a_metric(tmp_path):
-    code, _, rows = trained(tmp_path)
+def test_it_is_on_by_default_and_what_it_finds_is_a_metric(tmp_path, monkeypatch):
+    """Fifty-one steps, of which the second to the fiftieth are no more than counted."""
+    monkeypatch.setattr(train_module, "train_step", only_these(1, 51))
+    code, _, rows = trained(tmp_path, "--optimizer.steps=51", "--checkpoint.every=51")
+    assert code == 0
+    assert SelfCheckConfig().every == 50
+    assert [row["step"] for row in rows if "self_check" in row] == [1, 51]
+    assert all(0 < row["self_check"] < 1e-5 for row in rows if "self_check" in row)
+
+
+def only_these(*steps):
+    """`train_step`, which does nothing in all other steps."""
+    real = train_module.train_step
+    return lambda run, *others: real(run, *others) if run.step in steps else {}
+
+
+def test_as_often_as_it_is_told(tmp_path):
+    code, _, rows = trained(tmp_path, "--self_check.every=2")
     assert code == 0
     assert [row["step"] for row in rows if "self_check" in row] == [1, 3]
     assert all(0 < row["self_check"] < 1e-5 for row in rows if "self_check" in row)
@@ -142,7 +160,7 @@ def test_a_wrong_op_stops_the_run_before_it_learns(tmp_path, monkeypatch):
         return dataclasses.replace(stats, entropy_T=stats.entropy_T - off)
 
     monkeypatch.setattr(hf_head, "linear_logprob_entropy", wrong)
-    code, told, rows = trained(tmp_path)
+    code, told, rows = trained(tmp_path, "--self_check.every=2")
     assert calls
     assert code == 1
     assert "stopped: self-check of step 3: the fused head gives entropy that differs by 0.01" in told

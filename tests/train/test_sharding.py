@@ -11,7 +11,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from entrocraft.train.config import SamplingConfig, TinyModelConfig
+from entrocraft.train.config import SamplingConfig
+from entrocraft.train.config_model import TinyModelConfig
 from entrocraft.train.parallel import Ranks, balanced
 from entrocraft.train.policy import Policy
 from entrocraft.train.sampling import HuggingFaceEngine
