@@ -39,7 +39,8 @@ def kinds(device: torch.device) -> list[str]:
 def random_states(rank: int, device: torch.device) -> dict[str, Tensor]:
     """The present states by name, each of a size that depends on its kind alone."""
     version, words, gauss = random.getstate()
-    bits, key, position, has_gauss, cached = np.random.get_state()
+    legacy: Any = np.random.get_state()
+    bits, key, position, has_gauss, cached = legacy
     assert bits == "MT19937", f"numpy's global generator is {bits}: nothing here sets another"
     # float64 holds the 32-bit words of a Mersenne twister as they are.
     python = torch.tensor([version, *words, gauss is not None, gauss or 0.0], dtype=torch.float64)

@@ -238,9 +238,9 @@ class Run:
         metrics = {**decision.metrics, "reference_kl": divergence(penalty, stats, rollouts.mask_T)}
         return replace(decision, metrics=metrics), replace(learning, penalty=penalty)
 
-    def count(self, rollouts: Rollouts) -> None:
-        """Counts what the present step sampled, whatever became of it."""
-        self.samples, self.drawn_now = self.samples + rollouts.R, rollouts.R
+    def count(self, rollouts: int) -> None:
+        """Counts the rollouts that the present step sampled, whatever became of them."""
+        self.samples, self.drawn_now = self.samples + rollouts, rollouts
 
     @property
     def prompts_drawn(self) -> int:

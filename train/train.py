@@ -72,7 +72,7 @@ def train_step(run: Run, pool: Grader, log: MetricsLog, say: Callable[[str], Non
     run.drawing.settle()
     row |= run.engine.publish(run.step)
     clock.lap("publish")
-    run.count(sampled.rollouts)
+    run.count(sampled.rollouts.R)
     report_rewards(run, sampled.rewards, log, say)
     save_samples(run, sampled, log)
     return row | batch_metrics(run, sampled.rollouts, sampled.rewards) | clock.metrics(sampled.rollouts.T)

@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -116,7 +115,7 @@ def test_an_evaluation_is_due_by_the_prompts_that_were_sampled(work):
     due = []
     for prompts in (12, 4, 20):
         run.step += 1
-        run.count(SimpleNamespace(R=8 * prompts))
+        run.count(8 * prompts)
         due.append((run.prompts_drawn, run.evaluation_due()))
     assert due == [(12, True), (16, False), (36, True)]
     run.end()
