@@ -14,7 +14,7 @@ from entrocraft import Rollouts, TokenStats
 from entrocraft.kernels import FusedHead
 from entrocraft.train.config import ModelConfig
 from entrocraft.train.export import export, named_weights
-from entrocraft.train.loading import load_whole
+from entrocraft.train.loading import attention_kind, load_whole
 from entrocraft.train.lora import has_adapters
 from entrocraft.train.packing import MicroBatch, idle_batch, pack, sequence_lengths
 from entrocraft.train.parallel import Ranks, balanced
@@ -67,14 +67,23 @@ class Policy:
             register_fsdp_forward_method(module, name)
 
     @classmethod
-    def load(cls, config: ModelConfig, *, temperature: float, device: torch.device, seed: int) -> "Policy":
+    def load(
+        cls,
+        config: ModelConfig,
+        *,
+        temperature: float,
+        device: torch.device,
+        seed: int,
+        dtype: torch.dtype = torch.float32,
+    ) -> "Policy":
         """The model at `config.path` (safetensors only, no remote code unless asked), or the tiny one built from
-        `seed`, whole and in float32.
+        `seed`, whole and in `dtype`.
 
-        Raises FileNotFoundError for a local path that does not exist; whatever transformers raises for a bad one.
+        Raises FileNotFoundError for a local path that does not exist; ValueError for attention that cannot be here;
+        whatever transformers raises for a bad model.
         """
-        attention = config.attention if config.attention in ("sdpa", "eager") else None  # the others need bfloat16
-        model, tokenizer = load_whole(config, seed, attention)
+        attention = attention_kind(config, device=device, dtype=dtype)
+        model, tokenizer = load_whole(config, seed, attention, dtype)
         return cls(model, tokenizer, temperature=temperature, device=device)
 
     @property

@@ -30,6 +30,7 @@ from entrocraft.train.mismatch import MismatchWatch, build_importance
 from entrocraft.train.parallel import Ranks
 from entrocraft.train.policy import Policy, choose_device
 from entrocraft.train.problem_sets import Problems
+from entrocraft.train.random_states import seed_all
 from entrocraft.train.reference import Reference, divergence
 from entrocraft.train.rewards import RewardPool
 from entrocraft.train.run_folder import RunFolder
@@ -50,6 +51,7 @@ class Run:
         self.config = config
         self.ranks = ranks or Ranks()
         self.dir = Path(config.run_dir)
+        device = device or choose_device(config.device)
         self.checkpoints = CheckpointFolder(
             self.dir,
             keep=config.checkpoint.keep,
@@ -57,6 +59,7 @@ class Run:
             best=bool(config.checkpoint.best),
             asynchronous=config.checkpoint.asynchronous,
             patience_s=config.parallel.timeout_s,
+            device=device,
         )
         self.folder = RunFolder(config, self.ranks)
         self.folder.refuse_or_compare(self.checkpoints)
@@ -67,8 +70,7 @@ class Run:
         self.mismatch = MismatchWatch(config.mismatch)
         RewardPool.of(config.reward)
         self.advantage = build_advantage(config.loss.advantage, **config.loss.advantage_options)
-        torch.manual_seed(config.seed)
-        device = device or choose_device(config.device)
+        seed_all(config.seed)
         model, tokenizer = load(
             config.model, config.parallel, config.lora, device=device, size=self.ranks.size, seed=config.seed
         )
@@ -107,6 +109,7 @@ class Run:
         self.last_direction = 0
         self.step = 0
         self.samples = 0
+        self.drawn_now = 0
         self.bad_in_a_row = 0
         self.told_of_rewards = False
 
@@ -239,10 +242,20 @@ class Run:
             importance=self.importance,
         )
 
+    def count(self, rollouts: int) -> None:
+        """Counts the rollouts that the present step sampled, whatever became of them."""
+        self.samples, self.drawn_now = self.samples + rollouts, rollouts
+
+    @property
+    def prompts_drawn(self) -> int:
+        """Training prompts that were sampled so far, those that refilled or oversampled a batch included."""
+        return self.samples // self.config.batch.samples_per_prompt
+
     def evaluation_due(self) -> bool:
         """Whether the present step ends with an evaluation."""
         last = self.step == self.config.optimizer.steps
-        due = last or self.config.evaluation.due(self.step, self.config.batch.prompts_per_step)
+        before = self.prompts_drawn - self.drawn_now // self.config.batch.samples_per_prompt
+        due = last or self.config.evaluation.due(self.step, before, self.prompts_drawn)
         return bool(self.held_out) and due
 
     def skip_step(self, rollouts: Rollouts, reward_R: torch.Tensor, reason: str, log: MetricsLog) -> None:

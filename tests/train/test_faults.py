@@ -118,7 +118,9 @@ def runs(tmp_path_factory):
 
 def test_killed_at_random_moments_and_nothing_is_lost(runs):
     """Also in the middle of writing a checkpoint, in the background or not, since there is one after every step."""
-    moments, killed, cut_off = random.Random(), 0, 0
+    seed = int(os.environ.get("ENTROCRAFT_KILL_SEED", time.time_ns() % 1_000_000))
+    print(f"ENTROCRAFT_KILL_SEED={seed}")  # shown where the test fails; set it to have the same moments again
+    moments, killed = random.Random(seed), 0
     while killed < 5:
         asynchronous = f"--checkpoint.asynchronous={str(killed % 2 == 0).lower()}"
         before, pid = runs.lines("killed"), runs.start("killed", "--resume=auto", asynchronous)
@@ -128,8 +130,6 @@ def test_killed_at_random_moments_and_nothing_is_lost(runs):
         if runs.wait(pid) != -signal.SIGKILL:
             break  # it was faster
         killed += 1
-        checkpoints = runs.work / "killed" / "checkpoints"
-        cut_off += len(list(checkpoints.glob("*.writing-*")))
         whole = CheckpointFolder(runs.work / "killed", keep=2).whole()
         steps = [int(folder.name[-6:]) for folder in whole]
         assert runs.lines("killed") >= max(steps, default=0)  # no checkpoint is ahead of the record

@@ -10,8 +10,9 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from transformers import AutoModelForCausalLM
 
-from entrocraft.train.config import ModelConfig, TinyModelConfig
+from entrocraft.train.config import ModelConfig
 from entrocraft.train.config_lora import LoraConfig
+from entrocraft.train.config_model import TinyModelConfig
 from entrocraft.train.config_parallel import ParallelConfig
 from entrocraft.train.export import export, named_weights
 from entrocraft.train.loading import load, load_sharded, own_rows

@@ -12,8 +12,9 @@ from rich.console import Console
 
 import entrocraft.train
 from entrocraft.train import plan_command
-from entrocraft.train.config import Config, ModelConfig, TinyModelConfig
+from entrocraft.train.config import Config, ModelConfig
 from entrocraft.train.config_lora import LoraConfig
+from entrocraft.train.config_model import TinyModelConfig
 from entrocraft.train.config_parallel import ParallelConfig
 from entrocraft.train.config_reader import load_config
 from entrocraft.train.model_shapes import SHAPES, meta_model, model_shape

@@ -7,7 +7,8 @@ import torch
 from torch.distributed.fsdp import FSDPModule
 from transformers import Gemma2Config, Gemma2ForCausalLM, MambaConfig, MambaForCausalLM
 
-from entrocraft.train.config import ModelConfig, SamplingConfig, TinyModelConfig
+from entrocraft.train.config import ModelConfig, SamplingConfig
+from entrocraft.train.config_model import TinyModelConfig
 from entrocraft.train.config_parallel import ParallelConfig
 from entrocraft.train.layers import description, use_liger
 from entrocraft.train.loading import load

@@ -116,7 +116,8 @@ def test_baselines_are_those_of_the_released_scripts(name):
 
 def test_evaluations_come_at_100k_200k_300k_and_400k_prompts():
     config = recipe("long_linear")
-    steps = [step for step in range(1, 445) if config.evaluation.due(step, config.batch.prompts_per_step)]
+    P = config.batch.prompts_per_step
+    steps = [step for step in range(1, 445) if config.evaluation.due(step, P * (step - 1), P * step)]
     assert steps == [math.ceil(n * 100_000 / 1024) for n in (1, 2, 3, 4)]
     assert recipe("grpo", "long").optimizer.steps == 444
     evaluation = config.evaluation

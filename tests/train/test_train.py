@@ -17,7 +17,7 @@ import pytest
 import torch
 import yaml
 
-from entrocraft.train.config import TinyModelConfig
+from entrocraft.train.config_model import TinyModelConfig
 from entrocraft.train.metrics import depends_on_the_clock
 from entrocraft.train.tiny_model import build_tiny_model
 
