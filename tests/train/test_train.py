@@ -1,4 +1,4 @@
-"""The whole loop in real processes: killed and resumed, interrupted, misused, and fed with rewards that misbehave."""
+"""The whole loop: resumed, misused, and fed with rewards that misbehave. What else may happen is in test_faults.py."""
 
 import contextlib
 import io
@@ -6,10 +6,8 @@ import json
 import math
 import os
 import shutil
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -79,35 +77,12 @@ def prepare(folder):
     (folder / "run.yaml").write_text(yaml.safe_dump(config))
 
 
-def command(work, *overrides):
-    return [sys.executable, str(SCRIPT), f"--config={work / 'run.yaml'}", *overrides]
-
-
 def environment(work):
     return {**os.environ, "PYTHONPATH": str(work), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
 
 
-def start(work, *overrides):
-    return subprocess.Popen(
-        command(work, *overrides),
-        env=environment(work),
-        text=True,
-        cwd=work,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-    )
-
-
-def run(work, *overrides, code=0):
-    done = subprocess.run(
-        command(work, *overrides), env=environment(work), text=True, cwd=work, capture_output=True, timeout=240
-    )
-    assert done.returncode == code, done.stdout + done.stderr
-    return done
-
-
 def here(work, *overrides, code=0):
-    """The same in this process, which is quicker: what it wrote to standard output and standard error."""
+    """A run in this process: what it wrote to standard output and standard error."""
     from entrocraft.train.cli import report_errors
     from entrocraft.train.train import main
 
@@ -123,18 +98,6 @@ def rows(folder):
     """The metrics of a run without those of the machine."""
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     return [{key: value for key, value in row.items() if not depends_on_the_clock(key)} for row in lines]
-
-
-def wait_for(process, condition, limit=180.0):
-    begun = time.monotonic()
-    while not condition():
-        assert process.poll() is None, process.communicate()
-        assert time.monotonic() - begun < limit, "the run did not get there in time"
-        time.sleep(0.005)
-
-
-def lines_in(path):
-    return path.read_text().count("\n") if path.exists() else 0
 
 
 def test_less_memory_from_a_checkpoint_on_is_the_same_run(work):
@@ -156,50 +119,9 @@ def test_less_memory_from_a_checkpoint_on_is_the_same_run(work):
     assert again[:3] == whole[:3]
     for name in ("loss", "grad_norm", "entropy", "reward", "reference_kl"):
         new, old = ([row[name] for row in made[3:]] for made in (again, whole))
-        assert new == pytest.approx(old, rel=1e-5), name
+        rounding = 1e-8 if name == "reference_kl" else 0.0  # a mean of squares of what float32 knows to 1e-6
+        assert new == pytest.approx(old, rel=1e-5, abs=rounding), name
     assert [row["grad_norm"] for row in again[3:]] != [row["grad_norm"] for row in whole[3:]], "as if nothing changed"
-
-
-@pytest.fixture(scope="module")
-def expected(tmp_path_factory):
-    """The rows of a run that nothing interrupts, in a process of its own."""
-    folder = tmp_path_factory.mktemp("whole")
-    prepare(folder)
-    run(folder)
-    return rows(folder / "run")
-
-
-def test_killed_and_resumed_equals_uninterrupted_step_by_step(work, expected):
-    assert [row["step"] for row in expected] == list(range(1, 13))
-    assert any(row["kept_fraction"] < 1 for row in expected)
-    assert len({row["grad_norm"] for row in expected}) == 12
-    killed = start(work)
-    metrics = work / "run" / "metrics.jsonl"
-    wait_for(killed, lambda: lines_in(metrics) >= 5)
-    killed.send_signal(signal.SIGKILL)
-    killed.communicate()
-    at = lines_in(metrics)
-    assert 5 <= at < 12
-    done = run(work, "--resume=auto")
-    assert f"resuming after step {at - at % 3}" in done.stdout
-    assert rows(work / "run") == expected
-    assert (work / "run" / "report.html").stat().st_size > 10_000
-    assert (work / "run" / "curves.png").read_bytes().startswith(b"\x89PNG")
-
-
-def test_ctrl_c_ends_cleanly_with_a_checkpoint_that_goes_on(work, expected):
-    process = start(work, "--checkpoint.every=100")
-    metrics = work / "run" / "metrics.jsonl"
-    wait_for(process, lambda: lines_in(metrics) >= 2)
-    process.send_signal(signal.SIGINT)
-    _, errors = process.communicate(timeout=120)
-    assert process.returncode == 130
-    assert "stopping after this step" in errors
-    stopped = lines_in(metrics)
-    assert stopped < 12
-    assert [p.name for p in (work / "run" / "checkpoints").iterdir()] == [f"step_{stopped:06d}"]
-    run(work, "--resume=auto", "--checkpoint.every=100")
-    assert rows(work / "run") == expected
 
 
 def test_a_run_is_not_written_over_and_not_mixed_with_other_settings(work):
@@ -222,7 +144,7 @@ def test_a_run_is_not_written_over_and_not_mixed_with_other_settings(work):
 
 def test_misbehaving_rewards_are_counted_and_the_run_goes_on(work):
     names = ("--reward.name=my_rewards:troubled", "--reward.workers=2", "--reward.timeout_s=0.5")
-    run(work, *names, "--batch.prompts_per_step=12", "--batch.samples_per_prompt=2", "--optimizer.steps=2")
+    here(work, *names, "--batch.prompts_per_step=12", "--batch.samples_per_prompt=2", "--optimizer.steps=2")
     for row in rows(work / "run"):
         assert (row["reward_timeouts"], row["reward_errors"], row["reward_unscorable"]) == (2, 2, 2)
         assert math.isfinite(row["reward"])
@@ -353,23 +275,6 @@ def test_a_checkpoint_before_the_first_update_changes_nothing(work):
     assert updates[:2] == [0, 0]
     assert updates[-1] > 0
     assert rows(work / "run") == rows(work / "whole")
-
-
-def test_one_process_a_folder_and_records_are_set_aside(work):
-    endless = "--optimizer.steps=1000000"
-    process = start(work, endless)
-    wait_for(process, lambda: lines_in(work / "run" / "metrics.jsonl") >= 1)
-    refused = run(work, endless, "--resume=auto", code=2)
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
-    assert "in use by another process" in refused.stderr
-    for mark in (work / "run" / "checkpoints").glob("*/COMPLETE.json"):
-        mark.unlink()
-    before = (work / "run" / "metrics.jsonl").read_text()
-    here(work, "--resume=auto", "--optimizer.steps=2")
-    assert len(rows(work / "run")) == 2
-    (aside,) = (work / "run").glob("metrics.jsonl.before-*")
-    assert aside.read_text() == before
 
 
 def test_no_verdict_at_all_stops_the_run_with_a_checkpoint(work):
