@@ -1,5 +1,6 @@
-"""What may happen to a run from outside: interrupted, killed at any moment, out of disk, its newest checkpoint corrupted, one of its
-processes dead or hanging, other data. Each ends in bounded time with the cause named, and goes on with nothing lost.
+"""What may happen to a run from outside: interrupted, killed at any moment, out of disk, its newest checkpoint
+corrupted, one of its processes dead or hanging, other data. Each ends in bounded time with the cause named, and goes on
+with nothing lost.
 
 Rewards that hang or fail and losses that are no numbers are in test_train.py and test_rewards.py.
 """
