@@ -156,7 +156,8 @@ def _run_on(config: Config, ranks: Ranks, device: torch.device) -> Run:
         run.policy.save(run.dir / "model")
     finally:
         if ranks.main and (run.dir / METRICS_FILE).stat().st_size:
-            console.print(f"step {run.step} of {config.optimizer.steps}; report: {_report(run.dir)}")
+            report = _report(run.dir) if config.logging.report else "logging.report is off"
+            console.print(f"step {run.step} of {config.optimizer.steps}; report: {report}")
         run.end()
     return run
 

@@ -93,7 +93,12 @@ def verify(argv: Sequence[str], console: Console | None = None) -> int:
             shutil.rmtree(folder)
         ranks.barrier()
         whole, resumed = folder / "whole", folder / "resumed"
-        half = f"--checkpoint.every={steps // 2}", "--checkpoint.keep=2", f"--optimizer.steps={steps}"
+        half = (
+            f"--checkpoint.every={steps // 2}",
+            "--checkpoint.keep=2",
+            f"--optimizer.steps={steps}",
+            "--logging.report=false",
+        )
         console.print(f"training {steps} steps, with a checkpoint after {steps // 2}")
         patience_s = max(config.engine.start_timeout_s, config.engine.sample_timeout_s) + config.parallel.timeout_s
         _train(ranks, whole, [*arguments, *half, "--resume=never"], patience_s)

@@ -52,6 +52,7 @@ class Runs:
             "optimizer": {"steps": STEPS, "lr": 0.01},
             "checkpoint": {"every": 1},
             "self_check": {"every": 5},
+            "logging": {"report": False},
         }
         (work / "run.yaml").write_text(yaml.safe_dump(config))
         environment = {**os.environ, "PYTHONPATH": str(work), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
@@ -134,7 +135,7 @@ def test_killed_and_resumed_equals_uninterrupted_step_by_step(runs):
     assert runs.wait(pid) == -signal.SIGKILL
     at = runs.lines("between")
     assert 5 <= at < STEPS
-    told = runs.run("between", "--checkpoint.every=3", "--resume=auto")
+    told = runs.run("between", "--checkpoint.every=3", "--resume=auto", "--logging.report=true")
     assert f"resuming after step {at - at % 3}" in told
     assert runs.rows("between") == expected
     assert (runs.work / "between" / "report.html").stat().st_size > 10_000

@@ -73,6 +73,7 @@ def prepare(folder):
         "entropy": {"rule": "budget", "schedule": {"start": "measured", "end": 5.0}, "width": 0.05},
         "optimizer": {"steps": 12, "lr": 0.01},
         "checkpoint": {"every": 3},
+        "logging": {"report": False},
     }
     (folder / "run.yaml").write_text(yaml.safe_dump(config))
 
@@ -278,7 +279,7 @@ def test_a_checkpoint_before_the_first_update_changes_nothing(work):
 
 
 def test_no_verdict_at_all_stops_the_run_with_a_checkpoint(work):
-    done = here(work, "--reward.name=my_rewards:mute", "--optimizer.max_bad_steps=2", code=1)
+    done = here(work, "--reward.name=my_rewards:mute", "--optimizer.max_bad_steps=2", "--logging.report=true", code=1)
     assert "stopped: 2 steps in a row could not be trained on" in done.stderr
     assert "none of 16 rollouts has a verdict" in done.stdout
     assert [path.name for path in (work / "run" / "checkpoints").iterdir()] == ["step_000002"]
@@ -306,7 +307,13 @@ def test_real_problems_through_the_shipped_configuration(work):
     rows_in.append({"question": "What is 1 + 1? " * 60, "answer": "#### 2"})
     (work / "gsm8k.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows_in))
     config = SCRIPT.parent / "configs" / "gsm8k_tiny.yaml"
-    short = ("--optimizer.steps=2", "--sampling.max_response_tokens=8", f"--run_dir={work / 'gsm'}", "--device=cpu")
+    short = (
+        "--optimizer.steps=2",
+        "--sampling.max_response_tokens=8",
+        f"--run_dir={work / 'gsm'}",
+        "--device=cpu",
+        "--logging.report=false",
+    )
     done = subprocess.run(
         [sys.executable, str(SCRIPT), f"--config={config}", f"--data.train={work / 'gsm8k.jsonl'}", *short],
         env=environment(work),
