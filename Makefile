@@ -22,8 +22,8 @@ help: ## show this list
 demo: install ## train a tiny model three ways on the CPU and draw its entropy curves into runs/demo/
 	$(VENV)/python train/demo.py $(ARGS)
 
-# A test process a core, at most four: each imports torch, and most wait on a process of their own now and then.
-TEST_JOBS := $(shell n=$$(getconf _NPROCESSORS_ONLN 2>/dev/null || echo 1); [ "$$n" -gt 4 ] && n=4; echo "$$n")
+# A test process a core and one more, at most four: most wait on a process of their own now and then.
+TEST_JOBS := $(shell n=$$(getconf _NPROCESSORS_ONLN 2>/dev/null || echo 1); [ "$$n" -gt 3 ] && n=3; echo "$$((n + 1))")
 
 test: install ## run every test
 	$(VENV)/python -P -m pytest -q --durations=10 -n $(TEST_JOBS) --dist worksteal $(ARGS)

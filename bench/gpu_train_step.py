@@ -1,7 +1,10 @@
 """A training step of Qwen3-4B's shape on one GPU: speed, arithmetic used, memory against the plan, what still fits.
 
-    python bench/gpu_train_step.py --out results/                                    # on a GPU, about ten minutes
+    python bench/gpu_train_step.py --out results/                                  # on a GPU, ten minutes a part
     python bench/gpu_train_step.py --out /tmp/o --size tiny --parts whole rank_of_8  # on a CPU, seconds
+
+A machine with torch and transformers that can fetch nothing is carried the rest: `pip install --target carried
+"jsonargparse[signatures]" pebble math-verify` here, `PYTHONPATH=carried` there.
 
 Weights are random and sequences full: 4,096 tokens, a quarter of them prompt. Every part runs in a process of its own
 and through the trainer's own code (`Policy.score`, FSDP2, the fused head, AdamW).

@@ -182,6 +182,7 @@ class Case(NamedTuple):
             f"--entropy.schedule.kind={schedule.__module__}:{self.schedule}",
             "--evaluation.every=0",
             "--checkpoint.every=100000",
+            "--logging.report=false",
             *rule,
             *arguments,
             *task.settings,

@@ -182,9 +182,14 @@ class FusedHead:
         `tolerance`, which means that the model does something to its logits that the configuration does not tell.
         """
         logit_TV = self.model(input_ids=input_ids_BS, use_cache=False).logits.flatten(0, -2).float()
-        expected_T = logit_TV.log_softmax(1).amax(1)
         stats = self(logit_TV.argmax(1), input_ids=input_ids_BS)
-        worst = float((stats.logprob_T - expected_T).abs().max())
+        return self.compare(stats.logprob_T, logit_TV, tolerance=tolerance)
+
+    def compare(self, logprob_T: Tensor, logit_TV: Tensor, *, tolerance: float) -> float:
+        """The comparison of `check`, where model and head were run by other means: `logprob_T` of the likeliest tokens,
+        at temperature 1, with the model's own logits."""
+        expected_T = logit_TV.log_softmax(1).amax(1)
+        worst = float((logprob_T - expected_T).abs().max())
         if not worst <= tolerance:
             raise ValueError(
                 f"{type(self.model).__name__} gives log-probabilities {worst:.3g} nats away from FusedHead's, expected "

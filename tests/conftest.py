@@ -23,6 +23,10 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"  # its threads and our forks do n
 # Beside other test processes one thread each.
 torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else min(2, os.cpu_count() or 1))
 
+# torch notes the functions that a device bends at the first use of one as a context: before any is patched below.
+with torch.device("meta"):
+    assert torch.empty(0).is_meta
+
 # Examples differ from run to run at a desk and are the same in continuous integration; slow machines are no failure.
 hypothesis.settings.register_profile("entrocraft", deadline=None, derandomize="CI" in os.environ)
 hypothesis.settings.load_profile("entrocraft")

@@ -87,3 +87,18 @@ def demo_table() -> str:
 
 def test_the_table_of_the_demo_is_what_was_measured():
     assert demo_table() in README, f"put this into README.md:\n{demo_table()}"
+
+
+def test_what_is_said_of_the_grader_is_what_was_measured():
+    measured = json.loads((ROOT / "bench/results/grader_accuracy.json").read_text())
+    sets = measured["sets"]
+    assert (measured["disagree"], list(sets)) == (0, ["gsm8k_test", "aime24", "amc23"])
+    assert measured["graded"] == sum(found["graded"] for found in sets.values())
+    readme, evaluation = (" ".join(text.split()) for text in (README, (ROOT / "docs/evaluation.md").read_text()))
+    assert f"of {measured['graded']:,} answers written as models write them" in readme
+    assert "GSM8K, AIME-24 and AMC-23, it misjudges none" in readme
+    problems = [f"{found['problems']:,}" for found in sets.values()]
+    assert (
+        f"test set ({problems[0]} problems), AIME-24 with its reference solutions ({problems[1]}) and AMC-23 "
+        f"({problems[2]}), {measured['graded']:,} completions were graded and none wrongly"
+    ) in evaluation

@@ -48,6 +48,7 @@ from entrocraft.train.deadline import Caller
 from entrocraft.train.durable_files import sync, write_text
 from entrocraft.train.errors import TrainingStopped
 from entrocraft.train.parallel import Ranks
+from entrocraft.train.random_states import kinds, random_states, restore, stored_states
 
 
 def model_fingerprint(model: nn.Module) -> str:
@@ -70,6 +71,7 @@ class CheckpointFolder:
 
     keep: how many of the newest are kept. best: whether the one with the greatest `value` is kept as well.
     asynchronous: whether `save` returns while a thread still writes. patience_s: how long `close` waits for it.
+    device: the accelerator whose random state belongs to the run.
     """
 
     def __init__(
@@ -81,6 +83,7 @@ class CheckpointFolder:
         best: bool = False,
         asynchronous: bool = False,
         patience_s: float = 600.0,
+        device: torch.device | None = None,
     ) -> None:
         self.root = run_dir / "checkpoints"
         self.keep = keep
@@ -89,6 +92,7 @@ class CheckpointFolder:
         self.damaged: dict[Path, str] = {}
         """Folders with a mark whose content is not what was written, and what is wrong: found when loading."""
         self.patience_s = patience_s
+        self.device = device or torch.device("cpu")
         self._caller = Caller("the trainer", "the writing of checkpoints") if asynchronous else None
         self._writers = self.ranks.another() if asynchronous else self.ranks
         self._pending: Future[None] | None = None
@@ -142,10 +146,12 @@ class CheckpointFolder:
             "model_fingerprint": model_fingerprint(model),
             "optimizer_used": used,
             "ranks": self.ranks.size,
+            "random_states": kinds(self.device),
             "value": value,
         }
         text = json.dumps({**state, **own}, indent=1)  # now: the state goes on changing while a thread writes
-        tensors = self._tensors(model, optimizer, used, self.ranks.size)
+        tensors = self._tensors(model, optimizer, used)
+        tensors |= random_states(self.ranks.rank, self.device)
         if self._caller is None:
             self._write(aside, place, tensors, text)
         else:
@@ -208,12 +214,10 @@ class CheckpointFolder:
                 "on with --resume auto"
             )
 
-    def _tensors(self, model: nn.Module, optimizer: torch.optim.Optimizer, used: bool, writers: int) -> dict[str, Any]:
-        """What a checkpoint of so many ranks holds of tensors; a rank beyond them has no random state there."""
+    def _tensors(self, model: nn.Module, optimizer: torch.optim.Optimizer, used: bool) -> dict[str, Any]:
+        """What a checkpoint holds of tensors, random states excepted."""
         # What is frozen is where it was loaded from.
         tensors: dict[str, Any] = {"model": get_model_state_dict(model, options=_trained(model))}
-        if self.ranks.rank < writers:
-            tensors[_random_state(self.ranks.rank)] = torch.get_rng_state()
         if used:
             tensors["optimizer"] = get_optimizer_state_dict(model, optimizer)
         return tensors
@@ -263,7 +267,8 @@ class CheckpointFolder:
                 f"{model_fingerprint(model)}): names, shapes or types of parameters differ. Resume with the model "
                 "it was written by, or choose another run_dir"
             )
-        tensors = self._tensors(model, optimizer, state["optimizer_used"], state["ranks"])
+        tensors = self._tensors(model, optimizer, state["optimizer_used"])
+        tensors |= stored_states(folder, state, self.ranks, self.device)
         if self.ranks.size > 1:
             state_dict_loader.load(tensors, checkpoint_id=folder, process_group=self.ranks.host_group)
         else:
@@ -272,8 +277,7 @@ class CheckpointFolder:
         set_model_state_dict(model, tensors["model"], options=_trained(model))
         if state["optimizer_used"]:
             set_optimizer_state_dict(model, optimizer, tensors["optimizer"])
-        if self.ranks.rank < state["ranks"]:
-            torch.set_rng_state(tensors[_random_state(self.ranks.rank)])
+        restore(tensors, self.ranks.rank, self.device)
         return state
 
     def _newest_undamaged(self) -> Path | None:
@@ -294,7 +298,3 @@ def _trained(model: nn.Module) -> StateDictOptions:
     """Leaves frozen parameters out, and asks for none of them."""
     frozen = not all(parameter.requires_grad for parameter in model.parameters())
     return StateDictOptions(ignore_frozen_params=frozen, strict=not frozen)
-
-
-def _random_state(rank: int) -> str:
-    return f"torch_rng_{rank}"

@@ -7,7 +7,7 @@ numbers are properties. `config_reader.py` fills these from files and the comman
 from dataclasses import dataclass, field
 from typing import Literal
 
-from entrocraft.train.config_check import require as _require
+from entrocraft.train.config_check import require
 from entrocraft.train.config_checkpoint import CheckpointConfig, SelfCheckConfig
 from entrocraft.train.config_data import DataConfig
 from entrocraft.train.config_engine import EngineConfig, ImportanceConfig, MismatchConfig, SamplingConfig
@@ -15,7 +15,6 @@ from entrocraft.train.config_evaluation import EvaluationConfig
 from entrocraft.train.config_logging import LoggingConfig
 from entrocraft.train.config_lora import LoraConfig
 from entrocraft.train.config_model import ModelConfig
-from entrocraft.train.config_model import TinyModelConfig as TinyModelConfig  # where it used to be
 from entrocraft.train.config_parallel import ParallelConfig
 from entrocraft.train.config_reference import ReferenceConfig
 from entrocraft.train.config_refill import RefillConfig
@@ -37,8 +36,8 @@ class BatchConfig:
 
     def __post_init__(self) -> None:
         for name in ("prompts_per_step", "samples_per_prompt", "updates_per_step", "tokens_per_microbatch"):
-            _require(getattr(self, name) > 0, f"batch.{name}", getattr(self, name), "a positive number")
-        _require(
+            require(getattr(self, name) > 0, f"batch.{name}", getattr(self, name), "a positive number")
+        require(
             self.prompts_per_step % self.updates_per_step == 0,
             "batch.updates_per_step",
             self.updates_per_step,
@@ -76,9 +75,9 @@ class RewardConfig:
     """Map scores 0..1 of `name` to -1..+1; the rule `switch` needs -1/+1."""
 
     def __post_init__(self) -> None:
-        _require(self.workers >= 0, "reward.workers", self.workers, "0 or more")
-        _require(self.timeout_s > 0, "reward.timeout_s", self.timeout_s, "a number of seconds above 0")
-        _require(self.name not in self.also, "reward.also", self.also, f"rewards other than reward.name = {self.name}")
+        require(self.workers >= 0, "reward.workers", self.workers, "0 or more")
+        require(self.timeout_s > 0, "reward.timeout_s", self.timeout_s, "a number of seconds above 0")
+        require(self.name not in self.also, "reward.also", self.also, f"rewards other than reward.name = {self.name}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,8 +112,8 @@ class LossConfig:
     """Times each rollout is used; above 1 clipping comes into play."""
 
     def __post_init__(self) -> None:
-        _require(self.passes > 0, "loss.passes", self.passes, "a positive number")
-        _require(
+        require(self.passes > 0, "loss.passes", self.passes, "a positive number")
+        require(
             not self.policy_options or self.policy != "ppo_clip",
             "loss.policy_options",
             self.policy_options,
@@ -180,13 +179,13 @@ class EntropyConfig:
     """Steps of fallen reward under control until control lets go."""
 
     def __post_init__(self) -> None:
-        _require(
+        require(
             self.preset is None or self.rule is None,
             "entropy.rule",
             self.rule,
             f"nothing beside entropy.preset = {self.preset!r}",
         )
-        _require(
+        require(
             self.width >= 0,
             "entropy.width",
             self.width,
@@ -215,14 +214,14 @@ class OptimizerConfig:
     on any rollout."""
 
     def __post_init__(self) -> None:
-        _require(self.steps > 0, "optimizer.steps", self.steps, "a positive number")
+        require(self.steps > 0, "optimizer.steps", self.steps, "a positive number")
         for name in ("lr", "grad_clip"):
             value = getattr(self, name)
-            _require(0 < value < float("inf"), f"optimizer.{name}", value, "a finite number above 0")
+            require(0 < value < float("inf"), f"optimizer.{name}", value, "a finite number above 0")
         for name in ("warmup_steps", "weight_decay"):
-            _require(getattr(self, name) >= 0, f"optimizer.{name}", getattr(self, name), "0 or more")
-        _require(all(0 <= beta < 1 for beta in self.betas), "optimizer.betas", self.betas, "two numbers in [0, 1)")
-        _require(self.max_bad_steps > 0, "optimizer.max_bad_steps", self.max_bad_steps, "a positive number")
+            require(getattr(self, name) >= 0, f"optimizer.{name}", getattr(self, name), "0 or more")
+        require(all(0 <= beta < 1 for beta in self.betas), "optimizer.betas", self.betas, "two numbers in [0, 1)")
+        require(self.max_bad_steps > 0, "optimizer.max_bad_steps", self.max_bad_steps, "a positive number")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -260,7 +259,7 @@ class Config:
 
     def __post_init__(self) -> None:
         refills = self.refill.oversample or self.refill.zero_variance == "refill"
-        _require(
+        require(
             not (self.engine.overlap and refills),
             "engine.overlap",
             self.engine.overlap,
@@ -269,6 +268,4 @@ class Config:
         )
         if self.entropy.preset is not None:  # what is saved with the run must be what ran
             for name, value in (("loss.aggregation", self.loss.aggregation), ("entropy.gamma", self.entropy.gamma)):
-                _require(
-                    value is None, name, value, f"nothing: entropy.preset = {self.entropy.preset!r} brings its own"
-                )
+                require(value is None, name, value, f"nothing: entropy.preset = {self.entropy.preset!r} brings its own")

@@ -3,10 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
-
-def _require(condition: bool, name: str, value: object, expected: str) -> None:
-    if not condition:
-        raise ValueError(f"{name} = {value!r}: expected {expected}")
+from entrocraft.train.config_check import require
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,21 +22,21 @@ class SamplingConfig:
     """Rollouts generated at once (memory of the key-value cache)."""
 
     def __post_init__(self) -> None:
-        _require(
+        require(
             self.max_response_tokens > 0,
             "sampling.max_response_tokens",
             self.max_response_tokens,
             "a positive number",
         )
-        _require(
+        require(
             self.temperature > 0,
             "sampling.temperature",
             self.temperature,
             "a number above 0 (greedy decoding cannot be trained on)",
         )
-        _require(0 < self.top_p <= 1, "sampling.top_p", self.top_p, "a number in (0, 1]")
-        _require(self.top_k >= 0, "sampling.top_k", self.top_k, "0 or more")
-        _require(
+        require(0 < self.top_p <= 1, "sampling.top_p", self.top_p, "a number in (0, 1]")
+        require(self.top_k >= 0, "sampling.top_k", self.top_k, "0 or more")
+        require(
             self.rollouts_per_batch > 0,
             "sampling.rollouts_per_batch",
             self.rollouts_per_batch,
@@ -88,22 +85,22 @@ class EngineConfig:
     the importance weights correct for. Not with `hf`."""
 
     def __post_init__(self) -> None:
-        _require(0 < self.memory < 1, "engine.memory", self.memory, "a share between 0 and 1")
+        require(0 < self.memory < 1, "engine.memory", self.memory, "a share between 0 and 1")
         for name in ("connections", "transfer_mib", "start_timeout_s", "publish_timeout_s", "sample_timeout_s"):
-            _require(getattr(self, name) > 0, f"engine.{name}", getattr(self, name), "a number above 0")
-        _require(
+            require(getattr(self, name) > 0, f"engine.{name}", getattr(self, name), "a number above 0")
+        require(
             not (self.overlap and self.name == "hf"),
             "engine.overlap",
             self.overlap,
             "false beside engine.name = 'hf', which samples from the very weights that are being changed",
         )
-        _require(
+        require(
             not (self.overlap and self.sleep == "on"),
             "engine.sleep",
             self.sleep,
             "'auto' or 'off' beside engine.overlap: it generates while the policy learns",
         )
-        _require(
+        require(
             self.url.startswith(("http://", "https://")), "engine.url", self.url, "an address such as http://host:8000"
         )
 
@@ -113,8 +110,7 @@ class ImportanceConfig:
     """Weights that correct for a sampler whose probabilities are not the policy's: `entrocraft.importance`."""
 
     correct: bool = True
-    """Multiply each token's loss by its weight. Does nothing with `engine.name: hf`, which samples from the policy
-    itself."""
+    """Multiply each token's loss by its weight. In float32 with `engine.name: hf` the weights are 1 within rounding."""
     level: Literal["token", "sequence", "geometric"] = "token"
     """Ratio of a token, of a whole rollout, or the geometric mean over a rollout."""
     action: Literal["truncate", "mask", "reject"] = "truncate"
@@ -140,6 +136,6 @@ class MismatchConfig:
     never."""
 
     def __post_init__(self) -> None:
-        _require(self.alarm_factor > 1, "mismatch.alarm_factor", self.alarm_factor, "a number above 1")
-        _require(self.alarm_floor >= 0, "mismatch.alarm_floor", self.alarm_floor, "0 or more")
-        _require(self.stop is None or self.stop > 0, "mismatch.stop", self.stop, "a number of nats above 0, or nothing")
+        require(self.alarm_factor > 1, "mismatch.alarm_factor", self.alarm_factor, "a number above 1")
+        require(self.alarm_floor >= 0, "mismatch.alarm_floor", self.alarm_floor, "0 or more")
+        require(self.stop is None or self.stop > 0, "mismatch.stop", self.stop, "a number of nats above 0, or nothing")

@@ -46,8 +46,8 @@ class EvaluationConfig:
     every: int = 0
     """Steps between evaluations; 0: only after the last step, and where `at_prompts` says."""
     at_prompts: list[int] = field(default_factory=list)
-    """Numbers of training prompts after which to evaluate: at the first step at or above each, e.g. `[100000, 200000]`.
-    """
+    """Numbers of sampled training prompts after which to evaluate: at the first step at or above each, e.g.
+    `[100000, 200000]`."""
     sets: dict[str, EvaluationSetConfig] = field(default_factory=dict)
     """Sets of problems by name: `{amc23: {path: math-ai/amc23, prompt_field: question}}`. Beside `data.eval`, if that
     is given too."""
@@ -107,11 +107,11 @@ class EvaluationConfig:
                 "names of letters, digits, points, dashes and underscores, as they become names of metrics",
             )
 
-    def due(self, step: int, prompts_per_step: int) -> bool:
-        """Whether to evaluate after this step, which is not the run's last."""
+    def due(self, step: int, before: int, now: int) -> bool:
+        """Whether to evaluate after this step, which is not the run's last. `before` and `now`: training prompts that
+        had been sampled before it, and with it."""
         if self.every and step % self.every == 0:
             return True
-        before, now = (step - 1) * prompts_per_step, step * prompts_per_step
         return any(before < number <= now for number in self.at_prompts)
 
 

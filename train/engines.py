@@ -3,6 +3,7 @@
 import importlib.util
 
 from entrocraft.train.config import Config
+from entrocraft.train.evaluation import sampling_settings
 from entrocraft.train.policy import Policy
 from entrocraft.train.sampling import HuggingFaceEngine, RolloutEngine
 
@@ -23,7 +24,7 @@ def build_engine(config: Config, policy: Policy) -> RolloutEngine:
         weights=policy.weights,
         eos_ids=policy.eos_ids,
         device=policy.device,
-        context=min(policy.context, config.data.max_prompt_tokens + config.sampling.max_response_tokens),
+        context=sampled_context(config, policy.context),
         seed=config.seed,
     )
     if engine.name == "vllm_server":
@@ -35,6 +36,12 @@ def build_engine(config: Config, policy: Policy) -> RolloutEngine:
             "engine.name = 'vllm': vLLM is not installed; pip install 'entrocraft[vllm]', or use --engine.name hf"
         )
     return VLLMEngine(model, engine, config.sampling)
+
+
+def sampled_context(config: Config, most: int) -> int:
+    """Tokens of the longest prompt and response that are sampled, in training or evaluation; `most` the model holds."""
+    longest = max(config.sampling.max_response_tokens, sampling_settings(config).max_response_tokens)
+    return min(most, config.data.max_prompt_tokens + longest)
 
 
 def _architecture(policy: Policy) -> str:

@@ -7,13 +7,15 @@
 The first argument is the folder of a run that has ended or was stopped, or a model: a folder with safetensors or a hub
 id. Any setting of the trainer may follow, as on its command line. Results go to `eval/` in the run's folder, or to
 `--out`: `results.json`, `pass_at_k.png`, `samples.jsonl`, and `<set>.jsonl` with a line for each batch of problems,
-from which a stopped evaluation goes on; what it gives then is what it would have given.
+from which a stopped evaluation goes on; what it gives then is what it would have given. It is one process: with vLLM
+and `--evaluation.entropy false` the model is in memory once, in vLLM's.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import zlib
 from collections.abc import Sequence
 from contextlib import closing
@@ -36,6 +38,8 @@ from entrocraft.train.policy import Policy, choose_device
 from entrocraft.train.problem_sets import DEFAULT_SET, load_held_out
 from entrocraft.train.rewards import RewardPool
 from entrocraft.train.run import EVALUATE
+from entrocraft.train.sharding import compute_dtype
+from entrocraft.train.stored_policy import StoredPolicy
 
 # Settings of `data` that say how a held-out set is read: any, and that of `data.eval`.
 _READING = (
@@ -98,6 +102,7 @@ def _identity(config: Config, seed: int, name: str) -> dict[str, Any]:
     groups["data"] = {key: settings["data"][key] for key in read}
     for unread in ("pass_at", "bootstrap", "every", "at_prompts", "saved_samples", "saved_samples_every"):
         del groups["evaluation"][unread]
+    groups["param_dtype"] = config.parallel.param_dtype
     groups["evaluation"]["sets"] = {name: groups["evaluation"]["sets"].get(name)}
     del groups["reward"]["workers"]
     return {"set": name, "seed": seed, "model_files": files, **groups}
@@ -123,14 +128,38 @@ def _show(summaries: dict[str, dict[str, Any]], console: Console) -> None:
     console.print(table)
 
 
+def load_policy(config: Config) -> Policy:
+    """The model in what `parallel.param_dtype` says; its weights stay in their files where nothing computes with them
+    here, which is with vLLM and without `evaluation.entropy`."""
+    device = choose_device(config.device)
+    if config.engine.name != "hf" and not config.evaluation.entropy:
+        return StoredPolicy(config.model, device)
+    return Policy.load(
+        config.model,
+        temperature=config.sampling.temperature,
+        device=device,
+        seed=config.seed,
+        dtype=compute_dtype(config.parallel, device=device, pretrained=True),
+    )
+
+
+def refuse_torchrun() -> None:
+    """Raises ValueError in one of several processes: each would do all of it, and write the same files."""
+    size = os.environ.get("WORLD_SIZE", "1")
+    if int(size) > 1:
+        raise ValueError(
+            f"WORLD_SIZE = {size}: `entrocraft eval` is one process, expected 1. Start it without torchrun; for a "
+            "model that does not fit on one device start `entrocraft serve MODEL --tensor-parallel-size N` and "
+            "evaluate with --engine.name vllm_server --evaluation.entropy false"
+        )
+
+
 def run_evaluation(config: Config, out: Path, *, seed: int, only: Sequence[str], again: bool) -> dict[str, Any]:
     """Evaluates every held-out set of the configuration, or those in `only`; returns summaries by set.
 
     Raises ValueError where there is no such set, nothing to evaluate on, or results of other settings in `out`.
     """
-    policy = Policy.load(
-        config.model, temperature=config.sampling.temperature, device=choose_device(config.device), seed=config.seed
-    )
+    policy = load_policy(config)
     held_out = load_held_out(config, policy.tokenizer, context=policy.context)
     names = [held.name for held in held_out]
     if not names:
@@ -160,6 +189,7 @@ def run_evaluation(config: Config, out: Path, *, seed: int, only: Sequence[str],
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line entry; returns 0."""
     options, extra = _parser().parse_known_args(argv)
+    refuse_torchrun()
     config, out = _configuration(options, extra)
     out.mkdir(parents=True, exist_ok=True)
     summaries = run_evaluation(config, out, seed=options.seed, only=options.set, again=options.again)

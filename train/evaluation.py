@@ -175,9 +175,8 @@ def evaluate_run(run: Run, pool: Grader, log: MetricsLog, stream: Sequence[int])
             rows += spread_out(samples, evaluation.saved_samples)
         summary = summarise(outcomes, ks(held.samples, evaluation.pass_at), bootstrap=evaluation.bootstrap)
         summaries[held.name] = summary
-        prompts = run.step * run.config.batch.prompts_per_step
         place = {"step": run.step, "set": held.name}
-        log.rows(EVALUATIONS_FILE, [{**place, "prompts": prompts, **summary}])
+        log.rows(EVALUATIONS_FILE, [{**place, "prompts": run.prompts_drawn, **summary}])
         shown = spread_out(rows, evaluation.saved_samples)
         log.rows(SAMPLES_FILE, [{**place, "kind": "evaluation", **row} for row in shown])
     return as_metrics(summaries, DEFAULT_SET)

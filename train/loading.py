@@ -51,19 +51,19 @@ def told_as_users_mistake(config: ModelConfig) -> Iterator[None]:
         ) from error
 
 
-def load_whole(config: ModelConfig, seed: int, attention: str | None = None) -> tuple[Any, Any]:
-    """Model in float32 on the CPU, and tokenizer; the tiny one is built from `seed`."""
+def load_whole(
+    config: ModelConfig, seed: int, attention: str | None = None, dtype: torch.dtype = torch.float32
+) -> tuple[Any, Any]:
+    """Model on the CPU, and tokenizer; the tiny one is built from `seed`."""
     if config.path is None:
         model, tokenizer = build_tiny_model(config.tiny, seed)
         _prepare(model, config, attention)
-        return model, tokenizer
+        return model.to(dtype), tokenizer
     disable_progress_bar()
     path, remote = local_path(config), config.trust_remote_code
     with told_as_users_mistake(config):
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=remote)
-        model = AutoModelForCausalLM.from_pretrained(
-            path, dtype=torch.float32, use_safetensors=True, trust_remote_code=remote
-        )
+        model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, use_safetensors=True, trust_remote_code=remote)
     _prepare(model, config, attention)
     return model, tokenizer
 
@@ -123,6 +123,21 @@ def load_sharded(
         shard_model(model.to(place), parallel, mesh, dtype)
         _buffers_to(model, device)
         return model, tokenizer
+    model, tokenizer, files = without_weights(config)
+    _prepare(model, config, attention)
+    if lora.rank is not None:
+        add_adapters(model, lora)
+    shard_model(model, parallel, mesh, dtype)
+    _materialise(model, place)
+    _begin_adapters(model, seed)
+    _fill(model, files)
+    _buffers_to(model, device)
+    return model, tokenizer
+
+
+def without_weights(config: ModelConfig) -> tuple[Any, Any, dict[str, str]]:
+    """The model at `config.path` with its parameters on the meta device, its tokenizer, and which file holds each
+    tensor."""
     disable_progress_bar()
     path, remote = local_path(config), config.trust_remote_code
     with told_as_users_mistake(config):
@@ -133,15 +148,7 @@ def load_sharded(
         model = AutoModelForCausalLM.from_config(settings, dtype=torch.float32, trust_remote_code=remote)
     with suppress(OSError):  # there need not be one; if there is, it may name further end marks
         model.generation_config = GenerationConfig.from_pretrained(path)
-    _prepare(model, config, attention)
-    if lora.rank is not None:
-        add_adapters(model, lora)
-    shard_model(model, parallel, mesh, dtype)
-    _materialise(model, place)
-    _begin_adapters(model, seed)
-    _fill(model, files)
-    _buffers_to(model, device)
-    return model, tokenizer
+    return model, tokenizer, files
 
 
 def _prepare(model: Any, config: ModelConfig, attention: str | None) -> None:
@@ -239,6 +246,15 @@ def _set(tensor: Tensor, whole: Any) -> None:
 @torch.no_grad()
 def _fill(model: nn.Module, files: dict[str, str]) -> None:
     """Reads each parameter's own rows, and each persistent buffer."""
+    for _, tensor, piece in stored_tensors(model, files):
+        _set(tensor, piece)
+
+
+def stored_tensors(model: nn.Module, files: dict[str, str]) -> Iterator[tuple[str, Tensor, Any]]:
+    """Name, place in the model and slice of a file of each parameter but adapters', and of each persistent buffer.
+
+    Raises ValueError when the files hold no tensor of the same name and shape for one.
+    """
     saved = model.state_dict()
     wanted: dict[str, Tensor] = {  # a tied weight once, under its first name
         plain_name(name): parameter for name, parameter in model.named_parameters() if not is_adapter(name)
@@ -262,4 +278,4 @@ def _fill(model: nn.Module, files: dict[str, str]) -> None:
                 raise ValueError(
                     f"{name} has shape {tuple(piece.get_shape())} in the files; the model expects {tuple(tensor.shape)}"
                 )
-            _set(tensor, piece)
+            yield name, tensor, piece

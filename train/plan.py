@@ -21,7 +21,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from entrocraft.train.config import Config
-from entrocraft.train.plan_phases import Phase, phases, token_cache
+from entrocraft.train.plan_phases import Phase, host_bytes, phases, token_cache
 from entrocraft.train.plan_sizes import Known, Sizes
 
 GB = 10**9
@@ -48,7 +48,7 @@ class Plan:
     """Bytes kept between a forward pass and its backward pass, `without` and `with` checkpointing."""
     phases: list[Phase]
     host_bytes: int
-    """What `parallel.cpu_offload` puts into host memory instead, for each rank."""
+    """What `parallel.cpu_offload` and `reference.offload` put into host memory instead, for each rank."""
     cache_tokens: int | None
     """vLLM: tokens whose keys and values fit beside its weights; None without it."""
 
@@ -90,7 +90,7 @@ def make_plan(
         length=sizes.length,
         activations={"without": sizes.trace(False).kept, "with": sizes.trace(True).kept},
         phases=phases(sizes, gpu_bytes),
-        host_bytes=sum(held.nbytes for held in sizes.held) if sizes.offloaded else 0,
+        host_bytes=host_bytes(sizes),
         cache_tokens=_cache_tokens(sizes, gpu_bytes),
     )
 
@@ -156,6 +156,9 @@ def _changes(config: Config, world_size: int, length: int) -> Iterator[list[Chan
         )
         for tokens in _halves(config.batch.tokens_per_microbatch, length)
     ]
+    if config.reference.kl_coefficient and not config.reference.offload:
+        changed = replace(config, reference=replace(config.reference, offload=True))
+        yield [("reference.offload = true", changed, world_size)]
     if not parallel.reshard_after_forward:
         changed = replace(config, parallel=replace(parallel, reshard_after_forward=True))
         yield [("parallel.reshard_after_forward = true", changed, world_size)]

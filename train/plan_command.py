@@ -39,10 +39,10 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def main(argv: Sequence[str], console: Console | None = None) -> int:
-    """Plans the run that the command line describes; returns the exit code."""
+def main(argv: Sequence[str], console: Console | None = None, known: Known | None = None) -> int:
+    """Plans the run that the command line describes; returns the exit code. known: as for `make_plan`."""
     options, rest = _parser().parse_known_args(argv)
-    config, known, gpu_bytes = load_config(rest), Known(), int(options.gpu_memory * GB)
+    config, known, gpu_bytes = load_config(rest), known or Known(), int(options.gpu_memory * GB)
     plan = make_plan(config, options.world_size, gpu_bytes=gpu_bytes, shape=options.plan_shape, known=known)
     on_cpu = config.device == "cpu"
     advice: list[Advice] = []

@@ -33,29 +33,35 @@ class Phase:
 def phases(sizes: Sizes, gpu_bytes: int) -> list[Phase]:
     """Every phase of a step, in order."""
     resting = _resting(sizes, gpu_bytes)
+    # Whether a step samples more is decided by scores, so the engine is awake still.
+    scoring = _awake(sizes, gpu_bytes) if sizes.config.refill.oversample else resting
     found = [
         Phase("sample", _resident(sizes) | _sampling(sizes, gpu_bytes)),
-        Phase("score", _resident(sizes) | resting | _scoring(sizes)),
+        Phase("score", _resident(sizes) | scoring | _scoring(sizes)),
     ]
-    if sizes.config.reference.kl_coefficient and not _adapters_are_the_difference(sizes):
-        found.append(Phase("score the reference", _resident(sizes) | resting | _scoring(sizes) | _reference(sizes)))
+    if has_reference(sizes):
+        found.append(Phase("score the reference", _resident(sizes) | scoring | _scoring(sizes) | _reference(sizes)))
     gradients = {} if sizes.offloaded else {"gradients": sizes.held_bytes("gradients")}
     moments = [_resident(sizes) | gradients | resting | moment for moment in _update(sizes)]
     found.append(Phase("update", max(moments, key=lambda parts: sum(parts.values()))))
     found.append(Phase("optimizer", _resident(sizes) | gradients | resting | _optimizing(sizes)))
     if sizes.config.engine.name != "hf":
         found.append(Phase("publish", _resident(sizes) | _publishing(sizes, gpu_bytes)))
+    if sizes.config.data.eval is not None or sizes.config.evaluation.sets:
+        moments = [_resident(sizes) | moment for moment in _evaluation(sizes, gpu_bytes)]
+        found.append(Phase("evaluate", max(moments, key=lambda parts: sum(parts.values()))))
     return [Phase(phase.name, {name: size for name, size in phase.parts.items() if size}) for phase in found]
 
 
-def _adapters_are_the_difference(sizes: Sizes) -> bool:
-    return sizes.config.lora.rank is not None and sizes.config.reference.path is None
+def has_reference(sizes: Sizes) -> bool:
+    """Whether there is a second model: with adapters the reference is the first without them."""
+    own = sizes.config.reference
+    return own.kl_coefficient != 0 and (sizes.config.lora.rank is None or own.path is not None)
 
 
 def _resident(sizes: Sizes) -> dict[str, int]:
     """What is there in every phase from the second step on."""
-    reference = sizes.config.reference
-    extra = reference.kl_coefficient and not reference.offload and not _adapters_are_the_difference(sizes)
+    extra = has_reference(sizes) and not sizes.config.reference.offload
     if sizes.offloaded:
         return {}
     return {
@@ -69,7 +75,13 @@ def _resting(sizes: Sizes, gpu_bytes: int) -> dict[str, int]:
     """What the rollout engine keeps while the policy learns."""
     engine = sizes.config.engine
     asleep = engine.sleep == "on" or (engine.sleep == "auto" and not engine.overlap)
-    return {"vLLM": 0 if engine.name != "vllm" or asleep else int(engine.memory * gpu_bytes)}
+    return {} if asleep else _awake(sizes, gpu_bytes)
+
+
+def _awake(sizes: Sizes, gpu_bytes: int) -> dict[str, int]:
+    """What the rollout engine holds of the device while it can sample."""
+    engine = sizes.config.engine
+    return {"vLLM": int(engine.memory * gpu_bytes)} if engine.name == "vllm" else {}
 
 
 def _gathered(sizes: Sizes, *, whole: bool = False) -> dict[str, int]:
@@ -104,13 +116,17 @@ def _scoring(sizes: Sizes) -> dict[str, int]:
 
 
 def _reference(sizes: Sizes) -> dict[str, int]:
-    """A second model that scores: what it holds beside the first's resident part. FSDP keeps the policy's root."""
-    offload = sizes.config.reference.offload or sizes.offloaded
-    gathered = _gathered(sizes).get("gathered weights", 0)
-    return {
-        "gathered weights": 2 * gathered,
-        "reference": sizes.held_bytes("weights") if not sizes.sharded or not offload else 0,
-    }
+    """A second model that scores: what it holds beside the first's resident part. The policy has let go of its own."""
+    whole = not sizes.sharded or not (sizes.config.reference.offload or sizes.offloaded)
+    return {"reference": sizes.held_bytes("weights") if whole else 0}
+
+
+def host_bytes(sizes: Sizes) -> int:
+    """What is in host memory instead: the policy's part with `parallel.cpu_offload`, the reference's with either that
+    or `reference.offload`."""
+    own = sum(held.nbytes for held in sizes.held) if sizes.offloaded else 0
+    away = has_reference(sizes) and (sizes.offloaded or sizes.config.reference.offload)
+    return own + (sizes.held_bytes("weights") if away else 0)
 
 
 def _update(sizes: Sizes) -> list[dict[str, int]]:
@@ -155,18 +171,31 @@ def _optimizing(sizes: Sizes) -> dict[str, int]:
 
 
 def _sampling(sizes: Sizes, gpu_bytes: int) -> dict[str, int]:
-    config = sizes.config
-    if config.engine.name == "vllm":
-        return {"vLLM": int(config.engine.memory * gpu_bytes)}
-    if config.engine.name == "vllm_server":
-        return {}
-    prompts = -(-config.batch.prompts_per_step // sizes.world_size)
-    rollouts = min(config.sampling.rollouts_per_batch, prompts * config.batch.samples_per_prompt)
+    prompts = -(-sizes.config.batch.prompts_per_step // sizes.world_size)
+    return _generating(sizes, gpu_bytes, prompts * sizes.config.batch.samples_per_prompt, sizes.length + 1)
+
+
+def _generating(sizes: Sizes, gpu_bytes: int, wanted: int, length: int) -> dict[str, int]:
+    """As the engine draws so many rollouts of so many tokens, prompt included."""
+    if sizes.config.engine.name != "hf":
+        return _awake(sizes, gpu_bytes)
+    rollouts = min(sizes.config.sampling.rollouts_per_batch, wanted)
     # One layer's cache is copied as it grows, its old self still there.
     layers = len(sizes.block_sizes) + 1
-    cache = layers * token_cache(sizes) * rollouts * (sizes.length + 1)
+    cache = layers * token_cache(sizes) * rollouts * length
     logits = rollouts * sizes.V * (sizes.item + 4 * DRAWN_COPIES)
     return _gathered(sizes, whole=True) | {"KV cache": cache, "logits": logits}
+
+
+def _evaluation(sizes: Sizes, gpu_bytes: int) -> list[dict[str, int]]:
+    """The two moments of an evaluation: responses are drawn, and scored for their entropy beside an engine that is
+    awake, since the next ones are drawn from the same weights."""
+    config, evaluation = sizes.config, sizes.config.evaluation
+    samples = {held.samples or evaluation.samples for held in evaluation.sets.values()} | {evaluation.samples}
+    wanted = max(-(-max(1, evaluation.rollouts_per_batch // n) // sizes.world_size) * n for n in samples)
+    response = evaluation.max_response_tokens or config.sampling.max_response_tokens
+    drawn = _generating(sizes, gpu_bytes, wanted, config.data.max_prompt_tokens + response)
+    return [drawn, _awake(sizes, gpu_bytes) | _scoring(sizes)] if evaluation.entropy else [drawn]
 
 
 def token_cache(sizes: Sizes) -> int:
@@ -179,7 +208,6 @@ def token_cache(sizes: Sizes) -> int:
 
 def _publishing(sizes: Sizes, gpu_bytes: int) -> dict[str, int]:
     """The largest weight whole in fp32, the chunk that is under way, and vLLM awake."""
-    engine = sizes.config.engine
     largest = max(parameter.numel() for parameter in sizes.model.parameters())
-    share = int(engine.memory * gpu_bytes) if engine.name == "vllm" else 0
-    return {"vLLM": share, "weights under way": 4 * largest + (engine.transfer_mib << 20)}
+    under_way = {"weights under way": 4 * largest + (sizes.config.engine.transfer_mib << 20)}
+    return _awake(sizes, gpu_bytes) | under_way

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
+from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import AttentionInterface
@@ -24,10 +25,14 @@ from entrocraft.train.sharding import blocks
 
 
 class Allocations(TorchDispatchMode):
-    """Bytes of the storages that operations inside the block made and that are alive, and the most there were."""
+    """Bytes of the storages that operations inside the block made and that are alive, and the most there were.
 
-    def __init__(self) -> None:
+    device: count those of this type alone, such as "cpu".
+    """
+
+    def __init__(self, device: str | None = None) -> None:
         super().__init__()
+        self.device = device
         self.alive = self.peak = 0
         self._known: dict[int, weakref.ref] = {}
 
@@ -36,8 +41,11 @@ class Allocations(TorchDispatchMode):
         before = {id(leaf.untyped_storage()) for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)}
         for leaf in tree_leaves(result):
             if isinstance(leaf, Tensor):
-                storage = leaf.untyped_storage()
-                if id(storage) not in before and id(storage) not in self._known:  # a view, or seen before
+                # The storage of a DTensor pretends to be of the whole.
+                storage = (leaf._local_tensor if isinstance(leaf, DTensor) else leaf).untyped_storage()
+                if id(storage) in before or id(storage) in self._known:  # a view, or seen before
+                    continue
+                if self.device in (None, storage.device.type):
                     self._add(storage)
         return result
 

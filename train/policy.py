@@ -14,12 +14,12 @@ from entrocraft import Rollouts, TokenStats
 from entrocraft.kernels import FusedHead
 from entrocraft.train.config import ModelConfig
 from entrocraft.train.export import export, named_weights
-from entrocraft.train.loading import load_whole
+from entrocraft.train.loading import attention_kind, load_whole
 from entrocraft.train.lora import has_adapters
 from entrocraft.train.packing import MicroBatch, idle_batch, pack, sequence_lengths
 from entrocraft.train.parallel import Ranks, balanced
-from entrocraft.train.sharding import compute_dtype_of, is_sharded, whole_weights
-from entrocraft.train.vocab_head import ShardedHead, vocabulary_group
+from entrocraft.train.sharding import compute_dtype_of, is_sharded, release_weights, whole_weights
+from entrocraft.train.vocab_head import ShardedHead, vocabulary_group, whole_logits
 
 
 def choose_device(name: str) -> torch.device:
@@ -56,21 +56,34 @@ class Policy:
         self.one_row = str(getattr(self.model.config, "_attn_implementation", "")).startswith("flash")
         group = vocabulary_group(self.model)
         self.head = FusedHead(self.model) if group is None else ShardedHead(self.model, group)
-        # FSDP gathers a module's weights for the methods it knows of: those two that use the root's and the head's.
+        # FSDP gathers a module's weights for the methods it knows of: those that use the root's and the head's.
         head = self.model.get_output_embeddings()
-        for module, name, method in ((head, "row_stats", self._row_stats), (self.model, "token_stats", self._stats)):
+        for module, name, method in (
+            (head, "row_stats", self._row_stats),
+            (self.model, "token_stats", self._stats),
+            (self.model, "hidden_states", self._hidden),
+        ):
             setattr(module, name, method)
             register_fsdp_forward_method(module, name)
 
     @classmethod
-    def load(cls, config: ModelConfig, *, temperature: float, device: torch.device, seed: int) -> "Policy":
+    def load(
+        cls,
+        config: ModelConfig,
+        *,
+        temperature: float,
+        device: torch.device,
+        seed: int,
+        dtype: torch.dtype = torch.float32,
+    ) -> "Policy":
         """The model at `config.path` (safetensors only, no remote code unless asked), or the tiny one built from
-        `seed`, whole and in float32.
+        `seed`, whole and in `dtype`.
 
-        Raises FileNotFoundError for a local path that does not exist; whatever transformers raises for a bad one.
+        Raises FileNotFoundError for a local path that does not exist; ValueError for attention that cannot be here;
+        whatever transformers raises for a bad model.
         """
-        attention = config.attention if config.attention in ("sdpa", "eager") else None  # the others need bfloat16
-        model, tokenizer = load_whole(config, seed, attention)
+        attention = attention_kind(config, device=device, dtype=dtype)
+        model, tokenizer = load_whole(config, seed, attention, dtype)
         return cls(model, tokenizer, temperature=temperature, device=device)
 
     @property
@@ -108,11 +121,12 @@ class Policy:
 
     @torch.no_grad()
     def hidden_of(self, prompt: Sequence[int]) -> Tensor:
-        """fp32 hidden states [n, H] of one sequence alone."""
+        """fp32 hidden states [n, H] of one sequence alone. All ranks call it together, with the same sequence."""
         self.model.eval()
-        with self.whole_weights():
-            ids = torch.tensor([list(prompt)], device=self.device)
-            return self._hidden(ids, torch.arange(len(prompt), device=self.device)[None])[0].float()
+        ids = torch.tensor([list(prompt)], device=self.device)
+        found = self.model.hidden_states(ids, torch.arange(len(prompt), device=self.device)[None])[0].float()
+        release_weights(self.model)
+        return found
 
     @torch.no_grad()
     def check(self, prompt: Sequence[int]) -> None:
@@ -121,8 +135,6 @@ class Policy:
         Raises ValueError when it gives NaN or infinity, when its logits are not what the fused head computes, or when
         a sequence sees its neighbour in a packed row or padding, as in a model that ignores position ids.
         """
-        self.model.eval()
-        self.idle()  # FSDP wants the root to be the first that runs
         prompt = list(prompt[:64])
         n, alone = len(prompt), self.hidden_of(prompt)
         if not bool(torch.isfinite(alone).all()):
@@ -130,15 +142,15 @@ class Policy:
                 f"{type(self.model).__name__} gives hidden states that are not numbers: its weights are broken"
             )
         low = self.low_precision
-        with self.whole_weights():
-            ids = torch.tensor([prompt], device=self.device)
-            FusedHead(self.model).check(
-                ids, tolerance=0.25 if low else 1e-2
-            )  # in bfloat16 a logit of 30 is off by 0.06
-            position = torch.arange(n, device=self.device)
-            rows = torch.stack([ids[0].repeat(2), torch.cat([ids[0], torch.zeros_like(ids[0])])])
-            places = torch.stack([position.repeat(2), torch.cat([position, torch.zeros_like(position)])])
-            packed = self._hidden(rows, places).float()
+        ids, position = torch.tensor([prompt], device=self.device), torch.arange(n, device=self.device)
+        logit_TV = self._own_logits(ids)
+        stats = self.model.token_stats(logit_TV.argmax(1), position, ids, position[None], temperature=1.0)
+        # In bfloat16 a logit of 30 is off by 0.06.
+        self.head.compare(stats["logprob_T"], logit_TV, tolerance=0.25 if low else 1e-2)
+        rows = torch.stack([ids[0].repeat(2), torch.cat([ids[0], torch.zeros_like(ids[0])])])
+        places = torch.stack([position.repeat(2), torch.cat([position, torch.zeros_like(position)])])
+        packed = self.model.hidden_states(rows, places).float()
+        release_weights(self.model)
         size = alone.abs().max()
         for found, where in (
             (packed[0, :n], "before another"),
@@ -152,6 +164,12 @@ class Policy:
                     f"in a row differs from the same alone by {error:.2g} of its size; it cannot be trained with "
                     "packing"
                 )
+
+    def _own_logits(self, input_BL: Tensor) -> Tensor:
+        """fp32 logits [B * L, V] by the model's own forward pass, in which a head that is sharded by vocabulary gives
+        every rank's part of them instead of what its weight alone would."""
+        with whole_logits(self.head):
+            return self.model(input_ids=input_BL, use_cache=False).logits.flatten(0, -2).float()
 
     def token_stats(self, batch: MicroBatch, token_T: Tensor, *, collision: bool = False) -> TokenStats:
         """Statistics of the N response tokens of a micro-batch, differentiable. `token_T` are the rollouts' tokens."""
@@ -203,9 +221,14 @@ class Policy:
         collision: bool = False,
         clamped_share: float = 0.0,
         reference: bool = False,
+        temperature: float | None = None,
     ) -> dict[str, Tensor]:
-        """What the head runs; a dict, in which FSDP finds the tensors that a backward pass may begin at."""
-        stats = self.head.stats(hidden_NH, target_N, temperature=self.temperature, collision=collision)
+        """What the head runs; a dict, in which FSDP finds the tensors that a backward pass may begin at.
+
+        temperature: another than the policy's.
+        """
+        at = self.temperature if temperature is None else temperature
+        stats = self.head.stats(hidden_NH, target_N, temperature=at, collision=collision)
         fields = stats.as_dict()
         if clamped_share:
             fields["clamped"] = self.head.clamped_entropy(hidden_NH, share=clamped_share, temperature=self.temperature)
@@ -229,6 +252,7 @@ class Policy:
         parts = [self.token_stats(batch, rollouts.token_T, collision=True).to("cpu") for batch in batches]
         for _ in range(len(batches), most):
             self.idle()
+        release_weights(self.model)
         own = {name: torch.cat([getattr(part, name) for part in parts]) for name in parts[0].as_dict()} if parts else {}
         own_token = torch.cat([batch.token_N for batch in batches]) if batches else torch.zeros(0, dtype=torch.int64)
         found = [(token_N, TokenStats(**fields)) for token_N, fields in self.ranks.gather((own_token, own)) if fields]

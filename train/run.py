@@ -30,6 +30,7 @@ from entrocraft.train.mismatch import MismatchWatch, build_importance
 from entrocraft.train.parallel import Ranks
 from entrocraft.train.policy import Policy, choose_device
 from entrocraft.train.problem_sets import Problems
+from entrocraft.train.random_states import seed_all
 from entrocraft.train.reference import Reference, divergence
 from entrocraft.train.rewards import RewardPool
 from entrocraft.train.run_folder import RunFolder
@@ -50,6 +51,7 @@ class Run:
         self.config = config
         self.ranks = ranks or Ranks()
         self.dir = Path(config.run_dir)
+        device = device or choose_device(config.device)
         self.checkpoints = CheckpointFolder(
             self.dir,
             keep=config.checkpoint.keep,
@@ -57,6 +59,7 @@ class Run:
             best=bool(config.checkpoint.best),
             asynchronous=config.checkpoint.asynchronous,
             patience_s=config.parallel.timeout_s,
+            device=device,
         )
         self.folder = RunFolder(config, self.ranks)
         self.folder.refuse_or_compare(self.checkpoints)
@@ -67,8 +70,7 @@ class Run:
         self.mismatch = MismatchWatch(config.mismatch)
         RewardPool.of(config.reward)
         self.advantage = build_advantage(config.loss.advantage, **config.loss.advantage_options)
-        torch.manual_seed(config.seed)
-        device = device or choose_device(config.device)
+        seed_all(config.seed)
         model, tokenizer = load(
             config.model, config.parallel, config.lora, device=device, size=self.ranks.size, seed=config.seed
         )
@@ -107,6 +109,7 @@ class Run:
         self.last_direction = 0
         self.step = 0
         self.samples = 0
+        self.drawn_now = 0
         self.bad_in_a_row = 0
         self.told_of_rewards = False
 
@@ -196,22 +199,7 @@ class Run:
         counted_R = torch.bincount(rollouts.rollout_T[rollouts.mask_T], minlength=rollouts.R)
         advantage_R = self.advantage(reward_R, rollouts.group_R, counted_R)
         entropy = float(stats.entropy_T[rollouts.mask_T].double().mean())
-        signal = Signal(
-            step=self.step - 1,
-            steps=self.config.optimizer.steps,
-            entropy=entropy,
-            target=self.controller.target(self.step, entropy=entropy),
-        )
-        self.method_state = self.method.observe(self.method_state, signal)
-        learning = Learning(
-            method=self.method,
-            state=self.method_state,
-            aggregation=self.aggregation,
-            config=self.config,
-            step=self.step,
-            member_R=members(self.advantage, reward_R, rollouts.group_R),
-            importance=self.importance,
-        )
+        learning = self._learning(entropy, members(self.advantage, reward_R, rollouts.group_R))
         objective = learning.objective(rollouts, stats, stats.logprob_T, advantage_R, None, learning.member_R)
         decision = self.controller.decide(
             step=self.step,
@@ -235,10 +223,39 @@ class Run:
         metrics = {**decision.metrics, "reference_kl": divergence(penalty, stats, rollouts.mask_T)}
         return replace(decision, metrics=metrics), replace(learning, penalty=penalty)
 
+    def _learning(self, entropy: float, member_R: torch.Tensor | None) -> Learning:
+        """How this step learns, after the method has seen the entropy, nats."""
+        signal = Signal(
+            step=self.step - 1,
+            steps=self.config.optimizer.steps,
+            entropy=entropy,
+            target=self.controller.target(self.step, entropy=entropy),
+        )
+        self.method_state = self.method.observe(self.method_state, signal)
+        return Learning(
+            method=self.method,
+            state=self.method_state,
+            aggregation=self.aggregation,
+            config=self.config,
+            step=self.step,
+            member_R=member_R,
+            importance=self.importance,
+        )
+
+    def count(self, rollouts: int) -> None:
+        """Counts the rollouts that the present step sampled, whatever became of them."""
+        self.samples, self.drawn_now = self.samples + rollouts, rollouts
+
+    @property
+    def prompts_drawn(self) -> int:
+        """Training prompts that were sampled so far, those that refilled or oversampled a batch included."""
+        return self.samples // self.config.batch.samples_per_prompt
+
     def evaluation_due(self) -> bool:
         """Whether the present step ends with an evaluation."""
         last = self.step == self.config.optimizer.steps
-        due = last or self.config.evaluation.due(self.step, self.config.batch.prompts_per_step)
+        before = self.prompts_drawn - self.drawn_now // self.config.batch.samples_per_prompt
+        due = last or self.config.evaluation.due(self.step, before, self.prompts_drawn)
         return bool(self.held_out) and due
 
     def skip_step(self, rollouts: Rollouts, reward_R: torch.Tensor, reason: str, log: MetricsLog) -> None:

@@ -27,6 +27,7 @@ from entrocraft.train.metrics import (
     depends_on_the_clock,
     read_rows,
 )
+from entrocraft.train.random_states import KINDS
 
 _AT_ONCE = 1 << 30  # bytes of tensors in memory for each of the two checkpoints
 
@@ -117,7 +118,7 @@ def compare_checkpoints(one: Path, other: Path) -> list[Compared]:
     states = [json.loads((folder / STATE_FILE).read_text()) for folder in (one, other)]
     count, differing = len(states[0]), _difference([{"step": states[0]["step"], **states[0]}], [states[1]])
     lines = [Compared(what="data cursor, controller and method", count=count, difference=differing)]
-    groups = {"model": "weights", "optimizer": "optimizer", "torch_rng": "random state"}
+    groups = {"model": "weights", "optimizer": "optimizer"} | {f"{kind}_rng": f"random state, {kind}" for kind in KINDS}
     counts, first = dict.fromkeys(groups, 0), dict.fromkeys(groups, "")
     for name, a, b in _pairs(one, other):
         group = next(prefix for prefix in groups if name.startswith(prefix))
@@ -127,6 +128,7 @@ def compare_checkpoints(one: Path, other: Path) -> list[Compared]:
     return lines + [
         Compared(what=f"final {told}", count=counts[group], difference=first[group] or None)
         for group, told in groups.items()
+        if counts[group]
     ]
 
 

@@ -12,11 +12,15 @@ from entrocraft.train.config_reader import differences, save_config, to_dict
 from entrocraft.train.metrics import EVALUATIONS_FILE, EVENTS_FILE, METRICS_FILE, SAMPLES_FILE
 from entrocraft.train.parallel import Ranks
 
-# Settings that may change when a run goes on: they decide how long, how often and where, not what a step computes.
+# Settings that may change when a run goes on: they decide how long, how often, where, and with how much memory, not
+# what a step computes beyond rounding. `sampling.rollouts_per_batch` is of the `hf` engine, which draws by prompt,
+# however prompts are batched. Attention, layers, compilation and dtypes are not among them: they round in other ways.
 _FREE_ON_RESUME = (
     *("run_dir", "resume", "checkpoint.", "self_check.", "evaluation.", "reward.workers", "mismatch.", "logging."),
     *("engine.url", "engine.connections", "engine.transfer", "engine.memory"),
     *("engine.start_timeout_s", "engine.publish_timeout_s", "engine.sample_timeout_s"),
+    *("batch.tokens_per_microbatch", "model.gradient_checkpointing", "sampling.rollouts_per_batch"),
+    *("reference.offload", "engine.sleep", "engine.eager"),
     *(f"parallel.{name}" for name in ("shard_ranks", "reshard_after_forward", "cpu_offload", "timeout_s")),
 )
 

@@ -95,6 +95,9 @@ class HuggingFaceEngine:
     Random numbers of a prompt are a function of (stream, its number in the batch) alone, whoever else is generated
     beside it. What remains of the company it keeps is rounding, by the padding of a shorter prompt; a token whose two
     best draws are closer than that may differ.
+
+    Each token comes with its log-probability as it was drawn, which is not quite what scoring gives: a cache and
+    16 bits round otherwise, and top-k or top-p draw from another distribution.
     """
 
     uses_policy = True
@@ -160,25 +163,24 @@ class HuggingFaceEngine:
                 for i in range(0, len(rows), size)
             ]
         self.model.train(was_training)
-        responses = [response.tolist() for chunk in chunks for response in chunk]
-        ends = set(self.eos_ids)
-        return assemble(
-            prompts, samples_per_prompt, [Response(row, None, row[-1] in ends) for row in responses], self.version
-        )
+        return assemble(prompts, samples_per_prompt, [each for chunk in chunks for each in chunk], self.version)
 
     def _drawing(
         self, prompts: list[int], samples: list[int], group: int, stream: Sequence[int], temperature: float
-    ) -> LogitsProcessorList:
-        """What turns logits into the token that is drawn, which it leaves with the largest of them."""
+    ) -> tuple[LogitsProcessorList, "_Draw"]:
+        """What turns logits into the token that is drawn, which it leaves with the largest of them; its last step."""
         steps: list[LogitsProcessor] = [TemperatureLogitsWarper(temperature)]
         if self.config.top_k:
             steps.append(TopKLogitsWarper(self.config.top_k))
         if self.config.top_p < 1.0:
             steps.append(TopPLogitsWarper(self.config.top_p))
         draw = _Draw(prompts, samples, group, stream, self.model.device, self.version)
-        return LogitsProcessorList([*steps, draw])
+        return LogitsProcessorList([*steps, draw]), draw
 
-    def _generate(self, rows: Sequence[tuple[int, ...]], drawing: LogitsProcessorList) -> list[Tensor]:
+    def _generate(
+        self, rows: Sequence[tuple[int, ...]], drawing: tuple[LogitsProcessorList, "_Draw"]
+    ) -> list[Response]:
+        processors, draw = drawing
         width = max(len(row) for row in rows)
         input_RL = torch.full((len(rows), width), self.pad_id)
         mask_RL = torch.zeros(len(rows), width, dtype=torch.int64)
@@ -201,7 +203,7 @@ class HuggingFaceEngine:
                 input_RL.to(device),
                 attention_mask=mask_RL.to(device),
                 generation_config=settings,
-                logits_processor=drawing,
+                logits_processor=processors,
             )
         finally:
             self.model.generation_config = own
@@ -209,7 +211,12 @@ class HuggingFaceEngine:
         response_RL = output_RL[:, width:].cpu()
         end_RL = torch.isin(response_RL, torch.tensor(self.eos_ids))
         length_R = torch.where(end_RL.any(1), end_RL.int().argmax(1) + 1, response_RL.shape[1])
-        return [response[:length] for response, length in zip(response_RL, length_R.tolist(), strict=True)]
+        logprob_RL = torch.stack(draw.logprobs, 1).cpu()
+        assert logprob_RL.shape == response_RL.shape, "one draw for each column of the responses"
+        return [
+            Response(token_L[:n].tolist(), logprob_L[:n].tolist(), bool(end_L[n - 1]))
+            for token_L, logprob_L, end_L, n in zip(response_RL, logprob_RL, end_RL, length_R.tolist(), strict=True)
+        ]
 
 
 class _Draw(LogitsProcessor):
@@ -217,6 +224,9 @@ class _Draw(LogitsProcessor):
 
     E_v are exponential, from a generator for each prompt, [G, V] a step; a batch that holds some of a prompt's samples
     draws for all and uses theirs.
+
+    logprobs: log p [R] of each token drawn so far, nats, in the distribution it was drawn from: at its temperature,
+    among what top-k and top-p leave, as the model computed it with its cache. It is what vLLM reports of itself.
     """
 
     def __init__(
@@ -236,6 +246,7 @@ class _Draw(LogitsProcessor):
         )
         self.group = group
         self.version = version
+        self.logprobs: list[Tensor] = []
 
     def __call__(self, input_ids: Any, scores: Any) -> Any:
         """scores [R, V] of the next token, perturbed. Raises NonFiniteError where they are no numbers."""
@@ -247,4 +258,8 @@ class _Draw(LogitsProcessor):
         noise = torch.empty(len(self.generators), self.group, scores.shape[1], device=scores.device)
         for part, generator in zip(noise, self.generators, strict=True):
             part.exponential_(generator=generator)
-        return scores.float() - noise.flatten(0, 1)[self.row_R].clamp_(min=1e-30).log_()
+        scores = scores.float()
+        perturbed = scores - noise.flatten(0, 1)[self.row_R].clamp_(min=1e-30).log_()
+        drawn_R1 = perturbed.argmax(1, keepdim=True)
+        self.logprobs.append((scores.gather(1, drawn_R1) - scores.logsumexp(1, keepdim=True))[:, 0])
+        return perturbed

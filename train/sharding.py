@@ -12,7 +12,7 @@ Gradients are summed over ranks, not averaged: the loss is already normalised by
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +28,13 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 
 from entrocraft.train.config_parallel import ParallelConfig
 from entrocraft.train.parallel import Ranks
+
+
+class Gathered(NamedTuple):
+    """How the weights of a sharded module are gathered: freed after its forward pass or kept, and in what dtype."""
+
+    freed_after_forward: bool
+    dtype: torch.dtype
 
 
 def compute_dtype(config: ParallelConfig, *, device: torch.device, pretrained: bool) -> torch.dtype:
@@ -98,15 +105,23 @@ def shard_model(model: Any, config: ParallelConfig, mesh: DeviceMesh, dtype: tor
         if config.compile is not None:
             block.compile(backend=config.compile)
         within = MixedPrecisionPolicy(param_dtype=low, reduce_dtype=torch.float32)
-        fully_shard(block, mp_policy=within, reshard_after_forward=config.reshard_after_forward, **options)
+        _shard(block, within, config.reshard_after_forward, dtype, options)
     if not tied:
-        fully_shard(embedding, mp_policy=own, reshard_after_forward=config.reshard_after_forward, **options)
+        _shard(embedding, own, config.reshard_after_forward, dtype, options)
         if not config.vocab_parallel_head:  # used last and first again: freed in between it would be gathered twice
-            fully_shard(head, mp_policy=own, reshard_after_forward=False, **options)
-    fully_shard(model, mp_policy=own, reshard_after_forward=False, **options)
+            _shard(head, own, False, dtype, options)
+    _shard(model, own, False, dtype, options)
     for module in sharded_modules(model):
         module.set_gradient_divide_factor(1.0)
         module.set_force_sum_reduction_for_comms(True)  # else a factor asks for an operation that gloo does not have
+
+
+def _shard(
+    module: nn.Module, precision: MixedPrecisionPolicy, freed: bool, dtype: torch.dtype, options: dict[str, Any]
+) -> None:
+    """`fully_shard`, and a note of what was asked for: torch has no public way to read it back."""
+    fully_shard(module, mp_policy=precision, reshard_after_forward=freed, **options)
+    module.gathered = Gathered(freed, dtype)
 
 
 def _check_vocab_parallel(config: ParallelConfig, mesh: DeviceMesh, tied: bool) -> None:
@@ -127,16 +142,19 @@ def is_sharded(model: nn.Module) -> bool:
 
 def compute_dtype_of(model: nn.Module) -> torch.dtype:
     """What a model computes in: that of FSDP's policy, or of its parameters."""
-    for module in sharded_modules(model):
-        low = module._get_fsdp_state()._mp_policy.param_dtype
-        if low is not None:
-            return low
-    return next(model.parameters()).dtype
+    modules = sharded_modules(model)
+    return modules[0].gathered.dtype if modules else next(model.parameters()).dtype
 
 
 def sharded_modules(model: nn.Module) -> list[Any]:
     """The modules whose parameters FSDP gathers together, the root first; none when the model is not sharded."""
     return [module for module in model.modules() if isinstance(module, FSDPModule)]
+
+
+def release_weights(model: Any) -> None:
+    """Lets go of what a forward pass left gathered: without a backward pass after it, FSDP would keep the root's."""
+    for module in sharded_modules(model):
+        module.reshard()
 
 
 @contextmanager
@@ -149,8 +167,6 @@ def whole_weights(model: Any) -> Iterator[None]:
     if not modules:
         yield
         return
-    kept = [module._get_fsdp_state()._fsdp_param_groups for module in modules]
-    flags = [any(group._reshard_after_forward for group in groups) for groups in kept]
     try:
         for module in modules:
             module.set_reshard_after_forward(False, recurse=False)
@@ -158,8 +174,8 @@ def whole_weights(model: Any) -> Iterator[None]:
         with _whole_head(model):
             yield
     finally:
-        for module, flag in zip(modules, flags, strict=True):
-            module.set_reshard_after_forward(flag, recurse=False)
+        for module in modules:
+            module.set_reshard_after_forward(module.gathered.freed_after_forward, recurse=False)
             module.reshard()
 
 

@@ -239,6 +239,11 @@ def update(
             optimizer.step()
             norms.append(norm)
     optimizer.zero_grad(set_to_none=True)
+    return _means(sums, norms) | {"updates_empty": float(empty)}
+
+
+def _means(sums: dict[str, float], norms: list[float]) -> dict[str, float]:
+    """Metrics of a step from sums over its updates."""
     tokens, updates = max(sums["tokens"], 1.0), max(len(norms), 1)
     return {
         "loss": sums["loss"] / updates,
@@ -253,6 +258,5 @@ def update(
         },
         "kl": sums["kl"] / tokens,
         "updates": float(len(norms)),
-        "updates_empty": float(empty),
         **{name: sums[name] for name in Work.NAMES},
     }

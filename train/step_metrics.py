@@ -27,7 +27,7 @@ def batch_metrics(run: Run, rollouts: Rollouts, rewards: RewardBatch) -> dict[st
     groups = [reward_g[~reward_g.isnan()] for reward_g in reward_R.split(run.config.batch.samples_per_prompt)]
     return {
         "samples": float(run.samples),
-        "prompts": float(run.step * run.config.batch.prompts_per_step),
+        "prompts": float(run.prompts_drawn),
         "reward": statistics.fmean(verdicts) if verdicts else math.nan,
         "reward_std": statistics.pstdev(verdicts) if verdicts else math.nan,
         "accuracy": rewards.right_R.float().mean().item(),

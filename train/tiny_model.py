@@ -9,7 +9,7 @@ import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import ByT5Tokenizer, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
-from entrocraft.train.config import TinyModelConfig
+from entrocraft.train.config_model import TinyModelConfig
 
 
 def build_tiny_model(shape: TinyModelConfig, seed: int) -> tuple[Any, Any]:

@@ -6,8 +6,9 @@
     torchrun --nproc-per-node 8 train/train.py --verify-resume --config ...
 
 It is GRPO (group-relative advantages, clipped policy gradient, one number per rollout from a program that checks the
-answer) without a critic, without a reference model and without a reward model, plus one thing: between scoring and
-updating, a controller rejects rollouts so that the policy's entropy follows `entropy.schedule`.
+answer) without a critic and without a reward model, with a reference model only where `reference.kl_coefficient` asks
+for one, plus one thing: between scoring and updating, a controller rejects rollouts so that the policy's entropy
+follows `entropy.schedule`.
 
 Each step: sample, reward, score, decide, update, publish; now and then evaluate and save. Ctrl-C finishes the step,
 saves and ends; `--resume auto` goes on from there, bit for bit, which `--verify-resume` proves for a configuration by
@@ -71,7 +72,7 @@ def train_step(run: Run, pool: Grader, log: MetricsLog, say: Callable[[str], Non
     run.drawing.settle()
     row |= run.engine.publish(run.step)
     clock.lap("publish")
-    run.samples += sampled.rollouts.R
+    run.count(sampled.rollouts.R)
     report_rewards(run, sampled.rewards, log, say)
     save_samples(run, sampled, log)
     return row | batch_metrics(run, sampled.rollouts, sampled.rewards) | clock.metrics(sampled.rollouts.T)
@@ -155,7 +156,8 @@ def _run_on(config: Config, ranks: Ranks, device: torch.device) -> Run:
         run.policy.save(run.dir / "model")
     finally:
         if ranks.main and (run.dir / METRICS_FILE).stat().st_size:
-            console.print(f"step {run.step} of {config.optimizer.steps}; report: {_report(run.dir)}")
+            report = _report(run.dir) if config.logging.report else "logging.report is off"
+            console.print(f"step {run.step} of {config.optimizer.steps}; report: {report}")
         run.end()
     return run
 

@@ -6,14 +6,17 @@
 Started as the run itself will be, each process starts one of its own, which trains n steps and saves after half of
 them. That checkpoint, with the records, then goes to fresh processes, which make the second half again. Every metric
 (wall-clock times and memory excepted), every record and the whole last checkpoint, weights and optimizer included,
-must be the same, bit for bit. Both runs stay in `run_dir/verify_resume`; `run_dir` itself is not touched.
+must be the same, bit for bit; or alike, where kernels or schedulers do not allow that (`exactness`). Both runs stay in
+`run_dir/verify_resume`; `run_dir` itself is not touched.
 """
 
+import contextlib
 import os
 import shutil
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -27,10 +30,12 @@ from entrocraft.train.config_reader import load_config
 from entrocraft.train.errors import TrainingStopped
 from entrocraft.train.metrics import METRICS_FILE
 from entrocraft.train.parallel import Ranks
+from entrocraft.train.policy import choose_device
 from entrocraft.train.run_difference import Compared, compare_checkpoints, compare_records, compare_statistically
 
 OPTION = "--verify-resume"
 _STEPS = 8
+_REAPED_S = 60.0  # a killed process is gone in no time, unless it is stuck in a driver
 _SCRIPT = Path(__file__).with_name("train.py")
 
 
@@ -52,11 +57,9 @@ def parse(argv: Sequence[str]) -> tuple[int, list[str]]:
     return int(steps), rest
 
 
-def exactness(config: Config) -> tuple[bool, str]:
-    """Whether two runs of this configuration draw the same rollouts token by token, and why."""
+def exactness(config: Config, device: torch.device) -> tuple[bool, str]:
+    """Whether two runs of this configuration on such a device are the same bit for bit, and why."""
     engine = config.engine
-    if engine.name == "hf":
-        return True, "exact: transformers draws each batch from a random stream named by seed and step"
     if engine.name == "vllm_server":
         return False, (
             "statistical: requests reach the vLLM server in an order, and so in batches, that time decides, and "
@@ -64,6 +67,15 @@ def exactness(config: Config) -> tuple[bool, str]:
         )
     if not engine.seeded:
         return False, "statistical: engine.seeded is off, and the random state of vLLM's sampler is in no checkpoint"
+    if device.type != "cpu" and engine.name == "vllm":
+        return False, f"statistical: on {device.type} vLLM's kernels round by the size of the batch at hand"
+    if device.type != "cpu":
+        return False, (
+            f"statistical: on {device.type} kernels add in any order, of a gradient as of a product, unless "
+            "torch.use_deterministic_algorithms is on, and the trainer does not turn it on"
+        )
+    if engine.name == "hf":
+        return True, "exact: transformers draws each batch from a random stream named by seed and step"
     return True, "exact to the token: each rollout has a seed of its own, and vLLM schedules within this process"
 
 
@@ -81,22 +93,29 @@ def verify(argv: Sequence[str], console: Console | None = None) -> int:
             shutil.rmtree(folder)
         ranks.barrier()
         whole, resumed = folder / "whole", folder / "resumed"
-        half = f"--checkpoint.every={steps // 2}", "--checkpoint.keep=2", f"--optimizer.steps={steps}"
+        half = (
+            f"--checkpoint.every={steps // 2}",
+            "--checkpoint.keep=2",
+            f"--optimizer.steps={steps}",
+            "--logging.report=false",
+        )
         console.print(f"training {steps} steps, with a checkpoint after {steps // 2}")
-        _train(ranks, whole, [*arguments, *half, "--resume=never"])
+        patience_s = max(config.engine.start_timeout_s, config.engine.sample_timeout_s) + config.parallel.timeout_s
+        _train(ranks, whole, [*arguments, *half, "--resume=never"], patience_s)
         if ranks.main:
             _hand_over(whole, resumed, steps // 2)
         ranks.barrier()
         console.print(f"training again from step {steps // 2}, in as many fresh processes ({ranks.size})")
-        _train(ranks, resumed, [*arguments, *half, "--resume=auto"])
+        _train(ranks, resumed, [*arguments, *half, "--resume=auto"], patience_s)
         failed = ranks.main and judge(config, whole, resumed, steps, ranks.size, console)
         return int(ranks.from_main(failed))
 
 
-def _train(ranks: Ranks, run_dir: Path, arguments: Sequence[str]) -> None:
+def _train(ranks: Ranks, run_dir: Path, arguments: Sequence[str], patience_s: float) -> None:
     """One run in a process of its own for each rank, with their output in files beside it.
 
-    Raises TrainingStopped with the end of the output when one fails.
+    Raises TrainingStopped with the end of the output when one fails, or for `patience_s` seconds adds nothing to what
+    it writes.
     """
     run_dir.mkdir(parents=True, exist_ok=True)
     log = run_dir.with_name(f"{run_dir.name}.rank{ranks.rank}.log")
@@ -107,17 +126,41 @@ def _train(ranks: Ranks, run_dir: Path, arguments: Sequence[str]) -> None:
     with log.open("w") as output:
         child = subprocess.Popen(command, env=environment, stdout=output, stderr=subprocess.STDOUT)
         try:
-            code = child.wait()
+            trouble = _trouble(child, (log, run_dir), f"rank {ranks.rank} of the verification", patience_s)
         finally:
             child.kill()
-    codes = ranks.gather(code)
-    if any(codes):
-        rank = next(rank for rank, code in enumerate(codes) if code)
+            child.wait(_REAPED_S)
+    troubles = ranks.gather(trouble)
+    if any(troubles):
+        rank = next(rank for rank, trouble in enumerate(troubles) if trouble)
         tails = ranks.gather("\n".join(log.read_text(errors="replace").splitlines()[-15:]))
         raise TrainingStopped(
-            f"{run_dir}: the process of rank {rank} ended with status {codes[rank]}, so nothing could be compared; "
-            f"the end of its output:\n{tails[rank]}"
+            f"{run_dir}: {troubles[rank]}, so nothing could be compared; the end of its output:\n{tails[rank]}"
         )
+
+
+def _trouble(child: subprocess.Popen[bytes], written: Sequence[Path], who: str, patience_s: float) -> str | None:
+    """Waits until a run ends, as long as what it writes goes on growing; what went wrong, if anything."""
+    size, since = -1, time.monotonic()
+    while child.poll() is None:
+        files = [file for place in written for file in (place.iterdir() if place.is_dir() else [place])]
+        if (now := sum(_size(file) for file in files)) != size:
+            size, since = now, time.monotonic()
+        if time.monotonic() - since > patience_s:
+            return (
+                f"{who} waited {patience_s:g} s for its training process {child.pid} to write anything (raise "
+                "engine.sample_timeout_s or parallel.timeout_s if it was only slow)"
+            )
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            child.wait(min(0.5, patience_s))
+    return f"the training process of {who} ended with status {child.returncode}" if child.returncode else None
+
+
+def _size(file: Path) -> int:
+    try:
+        return file.stat().st_size
+    except OSError:  # renamed meanwhile
+        return 0
 
 
 def _free_port() -> int:
@@ -145,12 +188,14 @@ def judge(config: Config, whole: Path, resumed: Path, steps: int, processes: int
     log = resumed.with_name(f"{resumed.name}.rank0.log").read_text(errors="replace")
     if f"resuming after step {steps // 2}" not in log:
         raise TrainingStopped(f"{resumed} did not go on from its checkpoint of step {steps // 2}: {log[-500:]}")
-    exact, why = exactness(config)
+    exact, why = exactness(config, choose_device(config.device))
     if exact:
         last = [CheckpointFolder(run, keep=2).whole()[-1] for run in (whole, resumed)]
         lines = compare_records(whole, resumed, after=steps // 2) + compare_checkpoints(*last)
     else:
-        lines = compare_statistically(whole, resumed, after=steps // 2, exact=("lr", "samples", "prompts", "staleness"))
+        more = config.refill.oversample or config.refill.zero_variance == "refill"
+        exact_names = ("lr", "staleness") if more else ("lr", "samples", "prompts", "staleness")
+        lines = compare_statistically(whole, resumed, after=steps // 2, exact=exact_names)
     table = Table("compared", "count", "result", title=f"resume, {processes} process(es), {why}", title_justify="left")
     for line in lines:
         note = f" ({line.note})" if line.note else ""

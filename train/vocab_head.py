@@ -9,6 +9,8 @@ Bytes a token and pass: 2 H for the hidden row out and its gradient within the g
 V H weights gathered and V H gradients scattered for every micro-batch.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -66,6 +68,21 @@ class ShardedHead(FusedHead):
         raise ValueError(
             "loss.method = 'aent' needs the whole vocabulary on one rank; switch parallel.vocab_parallel_head off"
         )
+
+
+@contextmanager
+def whole_logits(head: FusedHead) -> Iterator[None]:
+    """Inside the block the model's own forward pass has all logits, also of a head that is sharded, whose weight stays
+    where it is. No gradients; all ranks enter and leave together."""
+    if not isinstance(head, ShardedHead):
+        yield
+        return
+    module = head.model.get_output_embeddings()
+    module.forward = lambda hidden: head.reference_logits(hidden.flatten(0, -2)).unflatten(0, hidden.shape[:-1])
+    try:
+        yield
+    finally:
+        del module.forward
 
 
 def _counts(own: int, group: dist.ProcessGroup, device: torch.device) -> list[int]:

@@ -19,7 +19,7 @@ from rich.progress import track
 from torch.nn.functional import cross_entropy
 from transformers.utils.logging import disable_progress_bar
 
-from entrocraft.train.config import TinyModelConfig
+from entrocraft.train.config_model import TinyModelConfig
 from entrocraft.train.tiny_model import build_tiny_model
 
 SMALLEST, LARGEST = 20, 99

@@ -13,7 +13,7 @@ import torch
 
 from entrocraft import EntropyController, PPOClip, advantages, schedules, token_weights
 from entrocraft.kernels import FusedHead
-from entrocraft.train.config import TinyModelConfig
+from entrocraft.train.config_model import TinyModelConfig
 from entrocraft.train.tiny_model import build_tiny_model
 
 PROMPTS, SAMPLES, LENGTH = 8, 8, 6

@@ -57,6 +57,13 @@ CASES: dict[str, dict[str, Any]] = {
         "budget": 40,
         "worlds": (2,),
     },
+    "reference_held": {
+        "model": "untied",
+        "reference": {"kl_coefficient": 0.5, "path": "tied"},
+        "budget": 40,
+        "worlds": (2,),
+    },
+    "compiled": {"model": "untied", "parallel": {"compile": "eager"}, "budget": 40, "worlds": (2,)},
     "adapters": {
         "model": "tied",
         "lora": {"rank": 4, "targets": ["q_proj", "down_proj"]},
@@ -65,6 +72,12 @@ CASES: dict[str, dict[str, Any]] = {
         "worlds": (2,),
     },
     "bfloat16": {"model": "untied", "parallel": {"param_dtype": "bfloat16"}, "budget": 512, "worlds": (1, 2)},
+    "vocabulary_bfloat16": {
+        "model": "untied",
+        "parallel": {"vocab_parallel_head": True, "param_dtype": "bfloat16"},
+        "budget": 40,
+        "worlds": (2,),
+    },
 }
 
 

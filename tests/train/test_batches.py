@@ -103,7 +103,22 @@ def test_oversampling_keeps_the_same_number_every_step_and_resumes_exactly(work)
     assert [row["effective_samples"] for row in whole] == [32, 32]
     assert all(32 <= row["kept_before_subsampling"] <= row["generated"] <= 256 for row in whole)
     assert len({row["generated"] for row in whole}) > 1
+    assert [row["prompts"] for row in whole] == [whole[0]["generated"] / 8, sum(row["generated"] for row in whole) / 8]
     assert rows("cut", *oversample, steps=1) + rows("cut", *oversample, steps=1) == whole
+
+
+def test_an_evaluation_is_due_by_the_prompts_that_were_sampled(work):
+    """Of 12, 4 and 20 in three steps; by the configured four a step, ten were reached in the third."""
+    options = ["--data.eval=train.jsonl", "--evaluation.at_prompts=[10,30]", "--optimizer.steps=9"]
+    run = Run(load_config(["--config=run.yaml", "--run_dir=due", *options]))
+    run.begin(None)
+    due = []
+    for prompts in (12, 4, 20):
+        run.step += 1
+        run.count(8 * prompts)
+        due.append((run.prompts_drawn, run.evaluation_due()))
+    assert due == [(12, True), (16, False), (36, True)]
+    run.end()
 
 
 def test_where_the_budget_ends_early_the_loss_is_scaled_down(work):

@@ -1,17 +1,20 @@
 """Checkpoints: exact, whole or ignored, and never another model's; in the background, and the best one kept."""
 
 import json
+import random
 import resource
 import shutil
 import threading
 
+import numpy as np
 import pytest
 import torch
 
 from entrocraft.train.checkpoint import CheckpointFolder
 from entrocraft.train.checkpoint_files import is_whole, value_of
-from entrocraft.train.config import TinyModelConfig
+from entrocraft.train.config_model import TinyModelConfig
 from entrocraft.train.errors import TrainingStopped
+from entrocraft.train.random_states import seed_all
 from entrocraft.train.tiny_model import build_tiny_model
 
 SHAPE = TinyModelConfig(hidden_size=16, layers=1, heads=2, mlp_size=32, context=32)
@@ -50,6 +53,43 @@ def test_training_goes_on_bit_for_bit(tmp_path, tied):
     assert not equal(model, other)
     learn(other, other_optimizer, 3)
     assert equal(model, other)
+
+
+def draws():
+    """Of everything that draws without asking; an odd number of normals leaves one in either's pocket."""
+    return random.random(), random.gauss(0, 1), np.random.random(), np.random.standard_normal(), torch.rand(1).item()
+
+
+def test_every_random_stream_goes_on(tmp_path):
+    model, optimizer = make(0)
+    folder = CheckpointFolder(tmp_path, keep=1)
+    draws()
+    folder.save(1, model, optimizer, {})
+    expected = [draws() for _ in range(3)]
+    for seed in (None, 7):  # half-way through the pairs of normals, and not
+        if seed is not None:
+            seed_all(seed)
+        folder.load_newest(*make(7))
+        assert [draws() for _ in range(3)] == expected
+
+
+def test_the_accelerators_random_state_is_kept_and_one_that_is_not_there_is_named(tmp_path, monkeypatch, capsys):
+    """A stand-in for the state of the device that the run computes on."""
+    device, put = torch.device("cuda", 3), []
+    held = torch.arange(16, dtype=torch.uint8)
+    monkeypatch.setattr(torch.cuda, "get_rng_state", lambda d: held.clone() if d == device else None)
+    monkeypatch.setattr(torch.cuda, "set_rng_state", lambda state, d: put.append((state.clone(), d)))
+    CheckpointFolder(tmp_path, keep=1, device=device).save(1, *make(0), {})
+    held += 1
+    CheckpointFolder(tmp_path, keep=1, device=device).load_newest(*make(7))
+    ((state, where),) = put
+    assert (state.tolist(), where) == (list(range(16)), device)
+    CheckpointFolder(tmp_path, keep=1).load_newest(*make(7))  # goes on without it
+    assert len(put) == 1
+    assert capsys.readouterr().err == ""
+    CheckpointFolder(tmp_path, keep=1).save(2, *make(0), {})
+    CheckpointFolder(tmp_path, keep=1, device=device).load_newest(*make(7))
+    assert "step_000002 holds no random state of cuda: it was written by an older" in capsys.readouterr().err
 
 
 def test_a_folder_without_checkpoints_gives_none(tmp_path):

@@ -11,7 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from entrocraft.train import demo
-from entrocraft.train.config import TinyModelConfig
+from entrocraft.train.config_model import TinyModelConfig
 from entrocraft.train.graders import sum_pair
 from entrocraft.train.metrics import read_metrics
 from entrocraft.train.warm_start import _demonstration, is_held_out, warm_start, write_problems

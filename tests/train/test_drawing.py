@@ -9,8 +9,9 @@ from concurrent.futures import Future
 import pytest
 import torch
 
-from entrocraft.train.config import SamplingConfig, TinyModelConfig
+from entrocraft.train.config import SamplingConfig
 from entrocraft.train.config_engine import EngineConfig
+from entrocraft.train.config_model import TinyModelConfig
 from entrocraft.train.data import PromptOrder
 from entrocraft.train.drawing import Drawing
 from entrocraft.train.publication import PublicationError

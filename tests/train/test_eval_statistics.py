@@ -111,10 +111,12 @@ def test_ks_are_powers_of_two_and_n_unless_asked_for():
 
 
 def test_when_an_evaluation_is_due():
-    by_steps, by_prompts = EvaluationConfig(every=3), EvaluationConfig(at_prompts=[100, 200, 256])
-    assert [step for step in range(1, 10) if by_steps.due(step, 32)] == [3, 6, 9]
-    assert [step for step in range(1, 10) if by_prompts.due(step, 32)] == [4, 7, 8]  # 128, 224, 256 prompts
-    assert not any(EvaluationConfig().due(step, 32) for step in range(1, 10))
+    def steps(config):
+        return [step for step in range(1, 10) if config.due(step, 32 * (step - 1), 32 * step)]
+
+    assert steps(EvaluationConfig(every=3)) == [3, 6, 9]
+    assert steps(EvaluationConfig(at_prompts=[100, 200, 256])) == [4, 7, 8]  # 128, 224, 256 prompts
+    assert steps(EvaluationConfig()) == []
 
 
 @pytest.mark.parametrize(

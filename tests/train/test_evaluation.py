@@ -11,9 +11,10 @@ import pytest
 import torch
 import yaml
 
-from entrocraft.train.config import TinyModelConfig
+from entrocraft.train.config_model import TinyModelConfig
 from entrocraft.train.config_reader import load_config
-from entrocraft.train.eval_command import main
+from entrocraft.train.engines import sampled_context
+from entrocraft.train.eval_command import load_policy, main
 from entrocraft.train.evaluation import evaluate, sampling_settings
 from entrocraft.train.metrics import read_samples
 from entrocraft.train.policy import Policy
@@ -186,6 +187,43 @@ def test_the_command_on_a_model_stopped_and_resumed(work):
     again = json.loads((work / "cut" / "results.json").read_text())
     assert "pass_at_3" in again["sets"]["eval"]
     assert again["sets"]["eval"]["accuracy"] == results["sets"]["eval"]["accuracy"]
+
+
+def test_the_model_is_loaded_in_the_configured_type_and_only_where_it_computes(work):
+    def loaded(*options):
+        return load_policy(load_config([f"--config={work / 'run.yaml'}", *options]))
+
+    whole = loaded("--parallel.param_dtype=float32")
+    low = loaded("--parallel.param_dtype=bfloat16")
+    for name, weight in whole.weights():
+        assert torch.equal(dict(low.model.named_parameters())[name], weight.bfloat16()), name
+    assert low.low_precision
+    stored = loaded("--engine.name=vllm", "--evaluation.entropy=false")
+    assert all(parameter.is_meta for parameter in stored.model.parameters())
+    expected = dict(whole.weights())
+    found = dict(stored.weights())
+    assert list(found) == list(expected)
+    assert all(torch.equal(found[name], weight) for name, weight in expected.items())
+    facts = [(p.eos_ids, p.pad_id, p.context, p.vocab_size, p.tokenizer.encode("7 plus")) for p in (stored, whole)]
+    assert facts[0] == facts[1]
+    scoring = loaded("--engine.name=vllm")
+    assert not any(parameter.is_meta for parameter in scoring.model.parameters())
+
+
+def test_several_processes_are_refused(work, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match=r"WORLD_SIZE = 2: `entrocraft eval` is one process, expected 1"):
+        command(work / "model", f"--config={work / 'run.yaml'}", "--out", work / "out")
+    assert not (work / "out").exists()
+
+
+@pytest.mark.parametrize(("training", "evaluation", "most", "context"), [
+    (6, None, 999, 38), (6, 4, 999, 38), (6, 20, 999, 52), (6, 20, 40, 40),
+])  # fmt: skip
+def test_a_sampler_holds_the_longest_response_of_training_or_evaluation(work, training, evaluation, most, context):
+    options = [f"--sampling.max_response_tokens={training}"]
+    options += [f"--evaluation.max_response_tokens={evaluation}"] if evaluation else []
+    assert sampled_context(load_config([f"--config={work / 'run.yaml'}", *options]), most) == context
 
 
 def test_results_of_other_settings_are_not_mixed(work):

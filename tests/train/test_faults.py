@@ -1,5 +1,6 @@
-"""What may happen to a run from outside: killed at any moment, out of disk, its newest checkpoint corrupted, one of its
-processes dead or hanging, other data. Each ends in bounded time with the cause named, and goes on with nothing lost.
+"""What may happen to a run from outside: interrupted, killed at any moment, out of disk, its newest checkpoint
+corrupted, one of its processes dead or hanging, other data. Each ends in bounded time with the cause named, and goes on
+with nothing lost.
 
 Rewards that hang or fail and losses that are no numbers are in test_train.py and test_rewards.py.
 """
@@ -38,13 +39,20 @@ class Runs:
             "device": "cpu",
             "model": {"tiny": {"hidden_size": 16, "layers": 1, "heads": 2, "mlp_size": 32, "context": 64}},
             "data": {"train": str(work / "train.jsonl")},
-            "batch": {"prompts_per_step": 4, "samples_per_prompt": 4, "tokens_per_microbatch": 64},
+            "batch": {
+                "prompts_per_step": 4,
+                "samples_per_prompt": 4,
+                "updates_per_step": 2,
+                "tokens_per_microbatch": 64,
+            },
             "sampling": {"max_response_tokens": 6},
             "reward": {"name": "odd_rewards:odd", "workers": 0},
-            "entropy": {"rule": "budget", "schedule": {"start": "measured", "end": 5.0}},
+            "loss": {"passes": 2},
+            "entropy": {"rule": "budget", "schedule": {"start": "measured", "end": 5.0}, "width": 0.05},
             "optimizer": {"steps": STEPS, "lr": 0.01},
             "checkpoint": {"every": 1},
             "self_check": {"every": 5},
+            "logging": {"report": False},
         }
         (work / "run.yaml").write_text(yaml.safe_dump(config))
         environment = {**os.environ, "PYTHONPATH": str(work), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
@@ -116,9 +124,58 @@ def runs(tmp_path_factory):
     made.server.communicate(timeout=LIMIT)
 
 
+def test_killed_and_resumed_equals_uninterrupted_step_by_step(runs):
+    expected = runs.rows("whole")
+    assert [row["step"] for row in expected] == list(range(1, STEPS + 1))
+    assert any(row["kept_fraction"] < 1 for row in expected)
+    assert len({row["grad_norm"] for row in expected}) == STEPS
+    pid = runs.start("between", "--checkpoint.every=3")
+    runs.until(lambda: runs.lines("between") >= 5)
+    os.kill(pid, signal.SIGKILL)
+    assert runs.wait(pid) == -signal.SIGKILL
+    at = runs.lines("between")
+    assert 5 <= at < STEPS
+    told = runs.run("between", "--checkpoint.every=3", "--resume=auto", "--logging.report=true")
+    assert f"resuming after step {at - at % 3}" in told
+    assert runs.rows("between") == expected
+    assert (runs.work / "between" / "report.html").stat().st_size > 10_000
+    assert (runs.work / "between" / "curves.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_ctrl_c_ends_cleanly_with_a_checkpoint_that_goes_on(runs):
+    pid = runs.start("stopped", "--checkpoint.every=100")
+    runs.until(lambda: runs.lines("stopped") >= 2)
+    os.kill(pid, signal.SIGINT)
+    assert runs.wait(pid) == 130
+    assert "stopping after this step" in (runs.work / "stopped.log").read_text()
+    at = runs.lines("stopped")
+    assert at < STEPS
+    assert [path.name for path in (runs.work / "stopped" / "checkpoints").iterdir()] == [f"step_{at:06d}"]
+    runs.run("stopped", "--resume=auto", "--checkpoint.every=100")
+    assert runs.rows("stopped") == runs.rows("whole")
+
+
+def test_one_process_a_folder_and_records_are_set_aside(runs):
+    folder, endless = runs.work / "busy", "--optimizer.steps=1000000"
+    pid = runs.start("busy", endless)
+    runs.until(lambda: runs.lines("busy") >= 1)
+    assert "in use by another process" in runs.run("busy", endless, "--resume=auto", code=2, log="refused")
+    os.kill(pid, signal.SIGKILL)
+    assert runs.wait(pid) == -signal.SIGKILL
+    for mark in (folder / "checkpoints").glob("*/COMPLETE.json"):
+        mark.unlink()
+    before = (folder / "metrics.jsonl").read_text()
+    runs.run("busy", "--resume=auto", "--optimizer.steps=2")
+    assert runs.lines("busy") == 2
+    (aside,) = folder.glob("metrics.jsonl.before-*")
+    assert aside.read_text() == before
+
+
 def test_killed_at_random_moments_and_nothing_is_lost(runs):
     """Also in the middle of writing a checkpoint, in the background or not, since there is one after every step."""
-    moments, killed, cut_off = random.Random(), 0, 0
+    seed = int(os.environ.get("ENTROCRAFT_KILL_SEED", time.time_ns() % 1_000_000))
+    print(f"ENTROCRAFT_KILL_SEED={seed}")  # shown where the test fails; set it to have the same moments again
+    moments, killed = random.Random(seed), 0
     while killed < 5:
         asynchronous = f"--checkpoint.asynchronous={str(killed % 2 == 0).lower()}"
         before, pid = runs.lines("killed"), runs.start("killed", "--resume=auto", asynchronous)
@@ -128,8 +185,6 @@ def test_killed_at_random_moments_and_nothing_is_lost(runs):
         if runs.wait(pid) != -signal.SIGKILL:
             break  # it was faster
         killed += 1
-        checkpoints = runs.work / "killed" / "checkpoints"
-        cut_off += len(list(checkpoints.glob("*.writing-*")))
         whole = CheckpointFolder(runs.work / "killed", keep=2).whole()
         steps = [int(folder.name[-6:]) for folder in whole]
         assert runs.lines("killed") >= max(steps, default=0)  # no checkpoint is ahead of the record

@@ -5,15 +5,19 @@ import dataclasses
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch import distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
+from torch.testing._internal.distributed.fake_pg import FakeStore
 from transformers import AutoModelForCausalLM
 
-from entrocraft.train.config import ModelConfig, TinyModelConfig
+from entrocraft.train.config import ModelConfig
 from entrocraft.train.config_lora import LoraConfig
+from entrocraft.train.config_model import TinyModelConfig
 from entrocraft.train.config_parallel import ParallelConfig
 from entrocraft.train.export import export, named_weights
-from entrocraft.train.loading import load, load_sharded
+from entrocraft.train.loading import load, load_sharded, own_rows
 from entrocraft.train.parallel import Ranks
+from entrocraft.train.plan_trace import Allocations
 from entrocraft.train.tiny_model import build_tiny_model
 
 CPU = torch.device("cpu")
@@ -64,6 +68,29 @@ def test_an_adapted_model_begins_as_it_was_whatever_loads_it(tmp_path, sharded):
         assert ours[name].requires_grad == parameter.requires_grad == (".lora_" in name)
     assert sum(bool(p.detach().any()) for name, p in ours.items() if ".lora_A." in name) == 2 * 7
     assert all(torch.equal(tensor, model.state_dict()[name]) for name, tensor in named_weights(whole))
+
+
+def test_a_rank_of_eight_holds_its_share_and_one_tensor_at_a_time(tmp_path):
+    """Bytes of all storages while it loads; the file's own rows, which are the share again tensor by tensor, are not
+    made by an operation of torch and so not among them."""
+    build_tiny_model(SHAPE, 0)[1].save_pretrained(tmp_path)
+    model = build_tiny_model(dataclasses.replace(SHAPE, layers=24), 0)[0]
+    export(model, tmp_path, Ranks())
+    sizes = [weight.nbytes for weight in model.parameters()]
+    dist.init_process_group("fake", store=FakeStore(), rank=3, world_size=8)
+    try:
+        mesh = init_device_mesh("cpu", (8,), mesh_dim_names=("shards",))
+        place = ModelConfig(path=str(tmp_path))
+        with Allocations("cpu") as held:
+            loaded, _ = load_sharded(place, ParallelConfig(), LoraConfig(), mesh, torch.float32, CPU, 3)
+        own = sum(weight.to_local().nbytes for weight in loaded.parameters())
+        rows = {name: weight.to_local() for name, weight in loaded.named_parameters()}
+        for name, weight in model.named_parameters():
+            assert torch.equal(rows[name], weight[own_rows(len(weight), mesh).start : own_rows(len(weight), mesh).stop])
+    finally:
+        dist.destroy_process_group()
+    assert own == pytest.approx(sum(sizes) / 8, rel=0.02)
+    assert own <= held.peak < own + max(sizes) + 0.05 * sum(sizes) < 0.5 * sum(sizes)
 
 
 def test_files_that_do_not_fit_are_refused(tmp_path, sharded):

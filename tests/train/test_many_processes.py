@@ -35,6 +35,7 @@ def work(tmp_path):
         "optimizer": {"steps": 4, "lr": 0.01},
         "evaluation": {"every": 2, "samples": 2},
         "checkpoint": {"every": 2},
+        "logging": {"report": False},
     }
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(config))
     return tmp_path
@@ -69,7 +70,7 @@ def test_two_processes_make_the_run_of_one_and_one_goes_on_from_them(work, monke
     here(work, monkeypatch, "--run_dir=one")
     told = run(work, "--run_dir=two", "--optimizer.steps=2")
     assert told.count("at most 64 on each of 2 processes") == 1  # rank 0 alone speaks
-    assert "resuming after step 2" in here(work, monkeypatch, "--run_dir=two", "--resume=auto")
+    assert "resuming after step 2" in here(work, monkeypatch, "--run_dir=two", "--resume=auto", "--logging.report=true")
     one, two = rows(work / "one"), rows(work / "two")
     assert [row["step"] for row in two] == [1, 2, 3, 4]
     assert any(row["kept_fraction"] < 1 for row in one)

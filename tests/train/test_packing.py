@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from entrocraft import Rollouts
-from entrocraft.train.config import TinyModelConfig
+from entrocraft.train.config_model import TinyModelConfig
 from entrocraft.train.packing import pack
 from entrocraft.train.policy import Policy
 from entrocraft.train.tiny_model import build_tiny_model

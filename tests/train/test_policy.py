@@ -4,15 +4,20 @@ import dataclasses
 
 import pytest
 import torch
+from torch.distributed.fsdp import FSDPModule
 from transformers import Gemma2Config, Gemma2ForCausalLM, MambaConfig, MambaForCausalLM
 
-from entrocraft.train.config import ModelConfig, SamplingConfig, TinyModelConfig
+from entrocraft.train.config import ModelConfig, SamplingConfig
+from entrocraft.train.config_model import TinyModelConfig
 from entrocraft.train.config_parallel import ParallelConfig
 from entrocraft.train.layers import description, use_liger
 from entrocraft.train.loading import load
 from entrocraft.train.packing import pack
+from entrocraft.train.parallel import Ranks
 from entrocraft.train.policy import Policy, choose_device
 from entrocraft.train.sampling import HuggingFaceEngine
+from entrocraft.train.sharding import blocks
+from entrocraft.train.tiny_model import build_tiny_model
 
 CPU = torch.device("cpu")
 PLAIN = {"parallel": ParallelConfig(), "device": CPU, "size": 1, "seed": 0}
@@ -76,6 +81,54 @@ def test_what_is_in_use_is_said_and_what_cannot_be_is_refused():
     assert use_liger(policy, ModelConfig(tiny=SHAPE), [5, 6]) is False
     with pytest.raises(ValueError, match=r"model.liger = 'on': .*(not installed|need CUDA)"):
         use_liger(policy, ModelConfig(tiny=SHAPE, liger="on"), [5, 6])
+
+
+@pytest.fixture
+def sharded():
+    """A deep model as the only rank of FSDP has it."""
+    shape = dataclasses.replace(SHAPE, layers=5, tied=False)
+    with Ranks.joined(device=CPU, timeout_s=20.0, needed=True):
+        made = load(ModelConfig(tiny=shape), ParallelConfig(param_dtype="bfloat16"), device=CPU, size=1, seed=0)
+        yield Policy(*made, temperature=0.5, device=CPU)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
+def test_no_look_at_the_model_gathers_it_whole(sharded):
+    """At most the block that runs and the one fetched ahead are whole; afterwards nothing is."""
+
+    def gathered(kind):
+        states = {
+            name: module._get_fsdp_state()._fsdp_param_groups
+            for name, module in sharded.model.named_modules()
+            if isinstance(module, FSDPModule)
+        }
+        groups = [group for name, own in states.items() if (".layers." in name) == kind for group in own]
+        assert len(groups) == (5 if kind else 3)
+        return sum(group.is_unsharded for group in groups)
+
+    seen = []
+    for block in blocks(sharded.model):
+        block.get_submodule("mlp").register_forward_pre_hook(lambda *_: seen.append(gathered(True)))
+    rollouts = HuggingFaceEngine(
+        build_tiny_model(SHAPE, 0)[0], SamplingConfig(max_response_tokens=4), eos_ids=[1], pad_id=0
+    ).sample([(5, 6, 7)], 2, stream=(0,))
+    for look in (
+        lambda: sharded.check([5, 6, 7, 8]),
+        lambda: sharded.hidden_of([5, 6]),
+        lambda: sharded.score(rollouts, 64),
+    ):
+        look()
+        assert (gathered(True), gathered(False)) == (0, 0)
+    assert len(seen) >= 5 * 5
+    assert 1 <= max(seen) <= 2
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
+def test_a_head_that_does_something_else_is_refused_in_shards_too(sharded):
+    forward = sharded.model.lm_head.forward
+    sharded.model.lm_head.forward = lambda hidden: 3.0 * forward(hidden)
+    with pytest.raises(ValueError, match=r"changes its logits in a way that is not known here"):
+        sharded.check([5, 6, 7, 8])
 
 
 def test_compiled_blocks_say_the_same():

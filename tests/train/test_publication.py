@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from entrocraft import Rollouts
-from entrocraft.train.config import TinyModelConfig
+from entrocraft.train.config_model import TinyModelConfig
 from entrocraft.train.export import named_weights
 from entrocraft.train.publication import (
     Ledger,

@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from entrocraft import Decision
-from entrocraft.train.config import BatchConfig, Config, ModelConfig, SamplingConfig, TinyModelConfig
+from entrocraft.train.config import BatchConfig, Config, ModelConfig, SamplingConfig
 from entrocraft.train.config_lora import LoraConfig
+from entrocraft.train.config_model import TinyModelConfig
 from entrocraft.train.config_reference import ReferenceConfig
 from entrocraft.train.control import build_method
 from entrocraft.train.loading import load

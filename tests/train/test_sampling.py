@@ -5,8 +5,10 @@ import math
 import pytest
 import torch
 
-from entrocraft.train.config import SamplingConfig, TinyModelConfig
+from entrocraft.train.config import SamplingConfig
+from entrocraft.train.config_model import TinyModelConfig
 from entrocraft.train.errors import NonFiniteError
+from entrocraft.train.mismatch import mismatch_metrics
 from entrocraft.train.policy import Policy
 from entrocraft.train.sampling import HuggingFaceEngine, stream_seed
 from entrocraft.train.spread import join
@@ -79,6 +81,53 @@ def test_frequencies_agree_with_the_scored_distribution(policy):
         freedom = len(expected) - 1
         assert freedom >= 5
         assert statistic < freedom + 5 * math.sqrt(2 * freedom)
+
+
+@pytest.mark.parametrize("options", [{}, {"top_k": 5}, {"top_p": 0.6}], ids=["all", "top_k", "top_p"])
+def test_each_token_comes_with_the_log_probability_it_was_drawn_with(policy, options):
+    """Against one pass without a cache, cut as the sampler cuts; in chunks, and with prompts of unequal length."""
+    made = engine(policy, temperature=0.7, rollouts_per_batch=4, **options)
+    rollouts = made.sample(PROMPTS, 3, stream=(5,))
+    assert rollouts.sampler_logprob_T is not None
+    pieces = zip(
+        rollouts.token_T.split(rollouts.length_R.tolist()),
+        rollouts.sampler_logprob_T.split(rollouts.length_R.tolist()),
+        rollouts.group_R.tolist(),
+        strict=True,
+    )
+    for token_L, logprob_L, group in pieces:
+        ids = torch.tensor([[*PROMPTS[group], *token_L.tolist()]])
+        with torch.no_grad():
+            logit_LV = policy.model(ids).logits[0, len(PROMPTS[group]) - 1 : -1].double() / 0.7
+        ranked_LV, order_LV = logit_LV.sort(dim=1, descending=True)
+        p_LV = ranked_LV.softmax(1)
+        if "top_k" in options:
+            p_LV[:, 5:] = 0.0
+        if "top_p" in options:  # what is needed to reach 0.6, the one that crosses it included
+            p_LV[(p_LV.cumsum(1) - p_LV) >= 0.6] = 0.0
+        logp_LV = (p_LV / p_LV.sum(1, keepdim=True)).log()
+        expected = torch.zeros_like(logp_LV).scatter(1, order_LV, logp_LV).gather(1, token_L[:, None])[:, 0]
+        torch.testing.assert_close(logprob_L.double(), expected, atol=1e-5, rtol=0)
+    scored = Policy(policy.model, policy.tokenizer, temperature=0.7, device=policy.device).score(rollouts, 256)
+    apart = mismatch_metrics(scored.logprob_T, rollouts)
+    if options:  # what is cut off is missing from the scored distribution's denominator
+        assert 0.05 < apart["mismatch_mean"] < 2.0
+        assert apart["mismatch_ratio_p99"] < 1.0
+    else:
+        assert apart["mismatch_max"] < 1e-5
+
+
+def test_bfloat16_with_a_cache_is_measured():
+    """The module scores whole sequences and samples token by token: in 8 bits these are two policies."""
+    shape = TinyModelConfig(hidden_size=64, layers=2, heads=2, mlp_size=128, context=64)
+    model, tokenizer = build_tiny_model(shape, 0)
+    with torch.no_grad():
+        model.model.norm.weight.mul_(6.0)
+    low = Policy(model.bfloat16(), tokenizer, temperature=1.0, device=torch.device("cpu"))
+    rollouts = engine(low).sample(PROMPTS, 8, stream=(0,))
+    apart = mismatch_metrics(low.score(rollouts, 256).logprob_T, rollouts)
+    assert 1e-4 < apart["mismatch_mean"] < 0.1
+    assert apart["mismatch_ratio_p01"] < 1.0 < apart["mismatch_ratio_p99"]
 
 
 def test_chunks_of_rollouts_are_drawn_from_the_same_policy(policy):

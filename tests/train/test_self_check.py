@@ -11,7 +11,9 @@ import torch
 import entrocraft.kernels.hf_head as hf_head
 from entrocraft import Rollouts, TokenStats
 from entrocraft.kernels import FusedHead
-from entrocraft.train.config import TinyModelConfig
+from entrocraft.train.config import Config
+from entrocraft.train.config_checkpoint import SelfCheckConfig
+from entrocraft.train.config_model import TinyModelConfig
 from entrocraft.train.packing import pack
 from entrocraft.train.policy import Policy
 from entrocraft.train.self_check import differences, due, some_rows
@@ -114,7 +116,7 @@ def trained(work, *overrides):
         *(f"--run_dir={work / 'run'}", f"--data.train={work / 'train.jsonl'}", "--device=cpu"),
         *("--batch.prompts_per_step=4", "--batch.samples_per_prompt=4", "--batch.tokens_per_microbatch=64"),
         *("--sampling.max_response_tokens=6", "--reward.name=odd_rewards:odd", "--reward.workers=0"),
-        *("--optimizer.steps=3", "--checkpoint.every=1", "--self_check.every=2"),
+        *("--optimizer.steps=3", "--checkpoint.every=1"),
     ]
     errors = io.StringIO()
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stderr(errors):
@@ -124,8 +126,18 @@ def trained(work, *overrides):
     return code, errors.getvalue(), [json.loads(line) for line in metrics.read_text().splitlines()]
 
 
-def test_it_is_on_and_what_it_finds_is_a_metric(tmp_path):
-    code, _, rows = trained(tmp_path)
+def test_it_is_on_by_default_and_what_it_finds_is_a_metric(tmp_path):
+    every = SelfCheckConfig().every
+    assert every == Config().self_check.every == 50
+    assert [step for step in range(1, 120) if due(step, every)] == [1, 51, 101]
+    code, _, rows = trained(tmp_path)  # which says nothing of it
+    assert code == 0
+    assert [row["step"] for row in rows if "self_check" in row] == [1]
+    assert 0 < rows[0]["self_check"] < 1e-5
+
+
+def test_as_often_as_it_is_told(tmp_path):
+    code, _, rows = trained(tmp_path, "--self_check.every=2")
     assert code == 0
     assert [row["step"] for row in rows if "self_check" in row] == [1, 3]
     assert all(0 < row["self_check"] < 1e-5 for row in rows if "self_check" in row)
@@ -142,7 +154,7 @@ def test_a_wrong_op_stops_the_run_before_it_learns(tmp_path, monkeypatch):
         return dataclasses.replace(stats, entropy_T=stats.entropy_T - off)
 
     monkeypatch.setattr(hf_head, "linear_logprob_entropy", wrong)
-    code, told, rows = trained(tmp_path)
+    code, told, rows = trained(tmp_path, "--self_check.every=2")
     assert calls
     assert code == 1
     assert "stopped: self-check of step 3: the fused head gives entropy that differs by 0.01" in told

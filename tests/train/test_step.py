@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from entrocraft import Decision
-from entrocraft.train.config import BatchConfig, Config, LossConfig, OptimizerConfig, SamplingConfig, TinyModelConfig
+from entrocraft.train.config import BatchConfig, Config, LossConfig, OptimizerConfig, SamplingConfig
+from entrocraft.train.config_model import TinyModelConfig
 from entrocraft.train.control import build_method
 from entrocraft.train.errors import NonFiniteError
 from entrocraft.train.policy import Policy

@@ -8,7 +8,8 @@ import torch
 from entrocraft import Decision
 from entrocraft.kernels import clamped_entropy
 from entrocraft.methods import METHODS
-from entrocraft.train.config import BatchConfig, Config, LossConfig, OptimizerConfig, SamplingConfig, TinyModelConfig
+from entrocraft.train.config import BatchConfig, Config, LossConfig, OptimizerConfig, SamplingConfig
+from entrocraft.train.config_model import TinyModelConfig
 from entrocraft.train.control import build_method
 from entrocraft.train.policy import Policy
 from entrocraft.train.sampling import HuggingFaceEngine

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from entrocraft.train.config import TinyModelConfig
+from entrocraft.train.config_model import TinyModelConfig
 from entrocraft.train.config_reader import load_config
 from entrocraft.train.figures import RUN_PANELS
 from entrocraft.train.metrics import MetricsLog

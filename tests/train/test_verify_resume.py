@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -17,19 +18,32 @@ from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
+from entrocraft.train import verify_resume
 from entrocraft.train.config import Config
 from entrocraft.train.config_engine import EngineConfig
+from entrocraft.train.config_reader import load_config
 from entrocraft.train.errors import TrainingStopped
+from entrocraft.train.parallel import Ranks
 from entrocraft.train.run_difference import compare_checkpoints, compare_records, compare_statistically
+from entrocraft.train.train import run_training
 from entrocraft.train.verify_resume import asked_for, exactness, judge, parse
 
 SCRIPT = Path(__file__).resolve().parents[2] / "train" / "train.py"
 TORCHRUN = ("-P", "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
 
+# Tosses coins of Python's and of numpy's, as a reward of one's own may: their states must be in the checkpoint.
+REWARD = """
+import random
+import numpy as np
 
-def verified(work, *launcher):
-    """The command in a process of its own."""
-    (work / "odd_rewards.py").write_text("def odd(completion, answer, prompt): return float(len(completion) % 2)\n")
+def odd(completion, answer, prompt):
+    return float((len(completion) + (random.random() < 0.2) + (np.random.random() < 0.2)) % 2)
+"""
+
+
+def prepared(work):
+    """A folder with rewards, problems and `run.yaml`."""
+    (work / "odd_rewards.py").write_text(REWARD)
     problems = [{"prompt": f"{i} plus {i} is", "answer": str(i)} for i in range(12)]
     (work / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in problems))
     config = {
@@ -45,6 +59,11 @@ def verified(work, *launcher):
         "evaluation": {"every": 2, "samples": 2},
     }
     (work / "run.yaml").write_text(yaml.safe_dump(config))
+
+
+def verified(work, *launcher):
+    """The command in a process of its own."""
+    prepared(work)
     return subprocess.run(
         [sys.executable, *launcher, str(SCRIPT), "--verify-resume=4", "--config=run.yaml"],
         env={**os.environ, "PYTHONPATH": str(work), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "COLUMNS": "200"},
@@ -55,17 +74,10 @@ def verified(work, *launcher):
     )
 
 
-@pytest.fixture(scope="module")
-def runs(tmp_path_factory):
-    """Both runs of a verification on one process, and what it printed."""
-    work = tmp_path_factory.mktemp("verified")
-    done = verified(work)
+def test_one_process_goes_on_bit_for_bit(tmp_path):
+    done = verified(tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
-    return work / "run" / "verify_resume", done.stdout
-
-
-def test_one_process_goes_on_bit_for_bit(runs):
-    folder, told = runs
+    folder, told = tmp_path / "run" / "verify_resume", done.stdout
     assert "1 process(es), exact: " in told
     assert "resume verified, " in told
     assert "seconds_publish" in told  # left out, like all that depends on the clock
@@ -75,7 +87,9 @@ def test_one_process_goes_on_bit_for_bit(runs):
     assert metrics > 2 * 40
     assert counts["final weights"] == 14
     assert counts["final optimizer"] > 2 * 14
-    assert counts["final random state"] == 1
+    assert {kind: counts[f"final random state, {kind}"] for kind in ("torch", "python", "numpy")} == dict.fromkeys(
+        ("torch", "python", "numpy"), 1
+    )
     steps = [json.loads(row)["step"] for row in (folder / "resumed" / "metrics.jsonl").read_text().splitlines()]
     assert steps == [1, 2, 3, 4]
     assert not (folder.parent / "metrics.jsonl").exists()
@@ -88,11 +102,24 @@ def test_two_processes_go_on_bit_for_bit(tmp_path):
     assert "2 process(es), exact: " in done.stdout
 
 
+@pytest.fixture(scope="module")
+def four_steps(tmp_path_factory):
+    """A run of four steps, made in this process."""
+    work = tmp_path_factory.mktemp("four_steps")
+    prepared(work)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(work))
+        patch.chdir(work)
+        run_training(load_config(["--config=run.yaml", "--optimizer.steps=4", "--checkpoint.every=2"]))
+    return work / "run"
+
+
 @pytest.fixture
-def copies(runs, tmp_path):
-    """The same two runs, to be tampered with."""
-    shutil.copytree(runs[0], tmp_path / "both")
-    return tmp_path / "both" / "whole", tmp_path / "both" / "resumed"
+def copies(four_steps, tmp_path):
+    """Two runs that are equal, to be tampered with."""
+    for name in ("whole", "resumed"):
+        shutil.copytree(four_steps, tmp_path / name)
+    return tmp_path / "whole", tmp_path / "resumed"
 
 
 def differences(lines):
@@ -121,9 +148,10 @@ def test_a_difference_is_a_verdict_with_the_first_one_named(copies, capsys):
     rows[2]["grad_norm"] += 1.0
     rows[3]["reward"] = 7.0
     (resumed / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (resumed.parent / "resumed.rank0.log").write_text("resuming after step 2\n")
     table = io.StringIO()
     console = Console(file=table, width=200)
-    assert judge(Config(), whole, resumed, 4, 1, console)  # exit status 1
+    assert judge(Config(device="cpu"), whole, resumed, 4, 1, console)  # exit status 1
     told = capsys.readouterr().err
     assert "resume NOT verified. First difference" in told
     assert "metrics.jsonl, steps above 2: step 3, grad_norm: " in told
@@ -131,11 +159,11 @@ def test_a_difference_is_a_verdict_with_the_first_one_named(copies, capsys):
     assert table.getvalue().count("DIFFERS") == 1
     (resumed.parent / "resumed.rank0.log").write_text("training from the start\n")
     with pytest.raises(TrainingStopped, match="did not go on from its checkpoint of step 2"):
-        judge(Config(), whole, resumed, 4, 1, console)
+        judge(Config(device="cpu"), whole, resumed, 4, 1, console)
 
 
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled", "ignore:Detected an existing checkpoint")
-@pytest.mark.parametrize("prefix", ["model.", "optimizer.state.", "torch_rng_0"])
+@pytest.mark.parametrize("prefix", ["model.", "optimizer.state.", "torch_rng_0", "numpy_rng_0"])
 def test_one_changed_bit_in_a_checkpoint_is_named(copies, prefix):
     one, other = (run / "checkpoints" / "step_000004" for run in copies)
     assert differences(compare_checkpoints(one, other)) == {}
@@ -175,25 +203,53 @@ def test_sampled_runs_are_compared_by_their_means(tmp_path):
     assert found["other_lr"] == {"lr": "step 5, lr: 0.1 and 0.2"}
 
 
+ENGINES = {
+    "hf": {},
+    "vllm": {"name": "vllm"},
+    "unseeded": {"name": "vllm", "seeded": False},
+    "server": {"name": "vllm_server"},
+}
+
+
 def test_what_can_be_exact_is_said_with_its_reason():
     said = {
-        name: exactness(Config(engine=EngineConfig(**options)))
-        for name, options in {
-            "hf": {},
-            "vllm": {"name": "vllm"},
-            "unseeded": {"name": "vllm", "seeded": False},
-            "server": {"name": "vllm_server"},
-        }.items()
+        (name, device): exactness(Config(engine=EngineConfig(**options)), torch.device(device))
+        for name, options in ENGINES.items()
+        for device in ("cpu", "cuda")
     }
-    assert {name: exact for name, (exact, _) in said.items()} == {
-        "hf": True,
-        "vllm": True,
-        "unseeded": False,
-        "server": False,
-    }
-    assert said["vllm"][1].startswith("exact to the token")
-    assert "engine.seeded is off" in said["unseeded"][1]
-    assert "batches, that time decides" in said["server"][1]
+    assert {where for where, (exact, _) in said.items() if exact} == {("hf", "cpu"), ("vllm", "cpu")}
+    assert all(why.startswith("exact" if exact else "statistical: ") for exact, why in said.values())
+    assert said["vllm", "cpu"][1].startswith("exact to the token")
+    assert "on cuda vLLM's kernels round by the size of the batch" in said["vllm", "cuda"][1]
+    assert "unless torch.use_deterministic_algorithms is on" in said["hf", "cuda"][1]
+    for device in ("cpu", "cuda"):
+        assert "engine.seeded is off" in said["unseeded", device][1]
+        assert "batches, that time decides" in said["server", device][1]
+
+
+def stand_in(tmp_path, monkeypatch, body):
+    """A run that does as told instead of training; what is said of it, and after how long."""
+    (tmp_path / "script.py").write_text(f"import sys, time\n{body}\n")
+    monkeypatch.setattr(verify_resume, "_SCRIPT", tmp_path / "script.py")
+    begun, told = time.monotonic(), ""
+    try:
+        verify_resume._train(Ranks(), tmp_path / "run", [], patience_s=1.5)
+    except TrainingStopped as stopped:
+        told = str(stopped)
+    return told, time.monotonic() - begun
+
+
+def test_a_run_that_hangs_ends_and_one_that_is_slow_does_not(tmp_path, monkeypatch):
+    told, seconds = stand_in(tmp_path, monkeypatch, "print('step 1', flush=True)\ntime.sleep(60)")
+    assert "rank 0 of the verification waited 1.5 s for its training process" in told
+    assert told.endswith("the end of its output:\nstep 1")
+    assert 1.5 < seconds < 30
+    slow = "for step in range(8):\n    print(step, flush=True)\n    time.sleep(0.25)"
+    told, seconds = stand_in(tmp_path, monkeypatch, slow)
+    assert told == ""
+    assert seconds > 2.0
+    told, _ = stand_in(tmp_path, monkeypatch, "sys.exit('no')")
+    assert "the training process of rank 0 of the verification ended with status 1" in told
 
 
 def test_the_option_and_its_number():

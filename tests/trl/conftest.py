@@ -21,7 +21,7 @@ from trl import GRPOConfig, GRPOTrainer
 
 from entrocraft import PolicyObjective, Rollouts
 from entrocraft.methods import Method, State, Tokens, make_objective
-from entrocraft.train.config import TinyModelConfig
+from entrocraft.train.config_model import TinyModelConfig
 from entrocraft.train.policy import Policy
 from entrocraft.train.step import Share, accumulate
 from entrocraft.train.tiny_model import build_tiny_model

@@ -206,7 +206,7 @@ def test_a_sampler_in_bfloat16_is_near(published):
 
 
 def test_heads_without_a_kernel_are_refused():
-    from entrocraft.train.config import TinyModelConfig
+    from entrocraft.train.config_model import TinyModelConfig
     from entrocraft.train.policy import Policy
     from entrocraft.train.tiny_model import build_tiny_model
 

@@ -2,8 +2,9 @@
 
 import torch
 
-from entrocraft.train.config import Config, DataConfig, SamplingConfig, TinyModelConfig
+from entrocraft.train.config import Config, DataConfig, SamplingConfig
 from entrocraft.train.config_engine import EngineConfig
+from entrocraft.train.config_model import TinyModelConfig
 from entrocraft.train.engines import build_engine
 from entrocraft.train.packing import pack
 from entrocraft.train.policy import Policy
