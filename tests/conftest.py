@@ -32,6 +32,15 @@ hypothesis.settings.register_profile("entrocraft", deadline=None, derandomize="C
 hypothesis.settings.load_profile("entrocraft")
 
 
+# Half a minute and more each.
+LONG = ("test_all_tests_of_the_op_under_the_interpreter", "test_sharding.py", "test_verify_resume.py", "_memory.py")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Long tests first, or at the end one process works on one of them while the others have nothing left."""
+    items.sort(key=lambda item: not any(name in item.nodeid for name in LONG))
+
+
 @pytest.fixture(autouse=True)
 def _seeds() -> None:
     """The same random numbers for a test whatever ran before it."""

@@ -117,7 +117,7 @@ def shard_model(model: Any, config: ParallelConfig, mesh: DeviceMesh, dtype: tor
 
 
 def _shard(
-    module: nn.Module, precision: MixedPrecisionPolicy, freed: bool, dtype: torch.dtype, options: dict[str, Any]
+    module: Any, precision: MixedPrecisionPolicy, freed: bool, dtype: torch.dtype, options: dict[str, Any]
 ) -> None:
     """`fully_shard`, and a note of what was asked for: torch has no public way to read it back."""
     fully_shard(module, mp_policy=precision, reshard_after_forward=freed, **options)
