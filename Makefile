@@ -14,7 +14,7 @@ unexport PYTHONPATH PYTHONHOME VIRTUAL_ENV PIP_TARGET PIP_PREFIX PIP_USER PIP_CO
 export PYRIGHT_PYTHON_IGNORE_WARNINGS := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-verl test-vllm lint bench clean install
+.PHONY: help demo test test-bench test-verl test-vllm lint bench clean install
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' Makefile
@@ -25,8 +25,13 @@ demo: install ## train a tiny model three ways on the CPU and draw its entropy c
 # A test process a core and one more, at most four: most wait on a process of their own now and then.
 TEST_JOBS := $(shell n=$$(getconf _NPROCESSORS_ONLN 2>/dev/null || echo 1); [ "$$n" -gt 3 ] && n=3; echo "$$((n + 1))")
 
-test: install ## run every test
-	$(VENV)/python -P -m pytest -q --durations=10 -n $(TEST_JOBS) --dist worksteal $(ARGS)
+PYTEST := $(VENV)/python -P -m pytest -q --durations=10 -n $(TEST_JOBS) --dist worksteal
+
+test: install ## run every test but those of the next three
+	$(PYTEST) --ignore=tests/bench $(ARGS)
+
+test-bench: install ## run every benchmark at its smallest size, and test what judges and prints them
+	$(PYTEST) tests/bench $(ARGS)
 
 # verl needs older libraries than the rest: an environment of its own, made again when its list of packages changes.
 test-verl: .venv-verl/whole ## compare losses, advantages and bonuses with verl and TRL, in an environment of its own
