@@ -13,7 +13,7 @@ if str(BENCH) not in sys.path:
 
 @pytest.fixture(scope="package", autouse=True)
 def _no_test_process() -> Iterator[None]:
-    """Benchmarks that a test starts are not shared out like the test: where it thinks so pytest-benchmark times none."""
+    """Benchmarks that a test starts are not shared out as it is: pytest-benchmark would time nothing."""
     with pytest.MonkeyPatch.context() as patch:
         patch.delenv("PYTEST_XDIST_WORKER", raising=False)
         yield
