@@ -10,6 +10,7 @@ from torch import Tensor
 from entrocraft.batch import Batch
 from entrocraft.guard import carrying, taught
 from entrocraft.verdict import Verdict
+from entrocraft.waves import effective_share
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -73,21 +74,26 @@ def keep_metrics(batch: Batch, verdict: Verdict) -> dict[str, float]:
 
     authority: share of rollouts with an advantage other than 0. active_fraction: kept and with an advantage in the
     loss other than 0; kept_groups: the prompts those come from. acceptance_mean: mean chance of being kept, which for a
-    rule that does not draw is the kept fraction itself. weight_mean, weight_max: of what the loss of each kept rollout
-    is multiplied by, 1 where the rule does not weigh.
+    rule that does not draw is the kept fraction itself. weight_min, weight_mean, weight_max: of what the loss of each
+    kept rollout is multiplied by (c_x under `corrections.group_scale`), 1 where the rule does not weigh.
+    effective_share: effective sample size of those weights over R, rejected rollouts weighing 0; the kept fraction
+    where all weigh the same.
     """
     keep_R = taught(verdict)
     chance_R = keep_R if verdict.probability_R is None else verdict.probability_R
     active_R = keep_R & (verdict.advantage_R != 0)
-    weight_N = (np.ones(len(keep_R)) if verdict.weight_R is None else verdict.weight_R)[keep_R]
+    weight_R = keep_R * (1.0 if verdict.weight_R is None else verdict.weight_R)
+    weight_N = weight_R[keep_R]
     tokens = float(batch.counted_R[keep_R].sum())
     if verdict.keep_T is not None:
         tokens = float(np.count_nonzero(verdict.keep_T & batch.mask_T & keep_R[batch.rollout_T]))
     return {
         "kept_fraction": float(keep_R.mean()),
         "acceptance_mean": math.fsum(chance_R) / len(chance_R),
+        "weight_min": float(weight_N.min()) if len(weight_N) else math.nan,
         "weight_mean": math.fsum(weight_N) / len(weight_N) if len(weight_N) else math.nan,
         "weight_max": float(weight_N.max()) if len(weight_N) else math.nan,
+        "effective_share": effective_share(weight_R),
         "kept_token_fraction": tokens / len(batch.entropy_N),
         "kept_fraction_positive": _share(keep_R, batch.advantage_R > 0),
         "kept_fraction_negative": _share(keep_R, batch.advantage_R < 0),

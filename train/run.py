@@ -1,6 +1,6 @@
 """Everything a run holds: what is built once before the first step, and what a checkpoint must bring back."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -52,15 +52,7 @@ class Run:
         self.ranks = ranks or Ranks()
         self.dir = Path(config.run_dir)
         device = device or choose_device(config.device)
-        self.checkpoints = CheckpointFolder(
-            self.dir,
-            keep=config.checkpoint.keep,
-            ranks=self.ranks,
-            best=bool(config.checkpoint.best),
-            asynchronous=config.checkpoint.asynchronous,
-            patience_s=config.parallel.timeout_s,
-            device=device,
-        )
+        self.checkpoints = _checkpoints(config, self.ranks, device)
         self.folder = RunFolder(config, self.ranks)
         self.folder.refuse_or_compare(self.checkpoints)
         # Mistakes first, slow things after.
@@ -79,11 +71,8 @@ class Run:
         self.controller, self.aggregation = build_controller(config, vocab_size=self.policy.vocab_size)
         lookup(AGGREGATIONS, self.aggregation, "aggregation (loss.aggregation)")
         self.data = Problems.load(config, self.policy.tokenizer, context=self.policy.context)
-        self.problems, self.prompts, self.held_out = (
-            self.data.train.problems,
-            self.data.train.prompts,
-            self.data.held_out,
-        )
+        self.problems, self.prompts = self.data.train.problems, self.data.train.prompts
+        self.held_out = self.data.held_out
         if self.checkpoints.whole():
             data_record.compare(self.dir, self.data)
         self._check_sizes()
@@ -91,20 +80,8 @@ class Run:
         self.liger = use_liger(self.policy, config.model, self.prompts[0][:64])
         self.engine = SpreadEngine(build_engine(config, self.policy), self.policy)
         self.order = PromptOrder(len(self.problems), config.seed, shuffle=config.data.shuffle)
-        self.drawing = Drawing(
-            self.engine,
-            self.order,
-            self.prompts,
-            samples_per_prompt=config.batch.samples_per_prompt,
-            stream=(config.seed, SAMPLE),
-            ahead=config.engine.overlap,
-        )
-        self.optimizer = torch.optim.AdamW(
-            [parameter for parameter in self.policy.model.parameters() if parameter.requires_grad],
-            lr=config.optimizer.lr,
-            betas=config.optimizer.betas,
-            weight_decay=config.optimizer.weight_decay,
-        )
+        self.drawing = _drawing(config, self.engine, self.order, self.prompts)
+        self.optimizer = _optimizer(config, self.policy)
         self.waves = _waves(config)
         self.last_direction = 0
         self.step = 0
@@ -284,6 +261,38 @@ class Run:
             f"batches in {self.dir / 'bad_batches'}; {saved} holds the weights of the last good update. Look at the "
             "data, the reward or optimizer.lr; --resume auto goes on from there"
         )
+
+
+def _checkpoints(config: Config, ranks: Ranks, device: torch.device) -> CheckpointFolder:
+    return CheckpointFolder(
+        Path(config.run_dir),
+        keep=config.checkpoint.keep,
+        ranks=ranks,
+        best=bool(config.checkpoint.best),
+        asynchronous=config.checkpoint.asynchronous,
+        patience_s=config.parallel.timeout_s,
+        device=device,
+    )
+
+
+def _drawing(config: Config, engine: SpreadEngine, order: PromptOrder, prompts: Sequence[tuple[int, ...]]) -> Drawing:
+    return Drawing(
+        engine,
+        order,
+        prompts,
+        samples_per_prompt=config.batch.samples_per_prompt,
+        stream=(config.seed, SAMPLE),
+        ahead=config.engine.overlap,
+    )
+
+
+def _optimizer(config: Config, policy: Policy) -> torch.optim.AdamW:
+    return torch.optim.AdamW(
+        [parameter for parameter in policy.model.parameters() if parameter.requires_grad],
+        lr=config.optimizer.lr,
+        betas=config.optimizer.betas,
+        weight_decay=config.optimizer.weight_decay,
+    )
 
 
 def _waves(config: Config) -> Waves | None:

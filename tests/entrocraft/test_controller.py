@@ -30,7 +30,8 @@ METRICS = {
     *("predicted_change_all", "predicted_change_kept", "predicted_change", "realised_change"),
     *("kept_fraction", "kept_token_fraction", "kept_fraction_positive", "kept_fraction_negative", "kept_groups"),
     *("active_fraction", "acceptance_mean", "authority", "target_start_excess", "target_start_far_above"),
-    *("released", "reach", "reward_mean", "reward_best", "weight_mean", "weight_max"),
+    *("released", "reach", "reward_mean", "reward_best", "weight_min", "weight_mean", "weight_max"),
+    "effective_share",
 }
 
 

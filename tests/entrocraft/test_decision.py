@@ -51,6 +51,7 @@ def test_metrics_of_what_was_kept(rule: Rule, shift: float, scored_batch: Callab
     expected = {
         "acceptance_mean": float(chance_R.mean()),
         "kept_fraction": float(keep_R.double().mean()),
+        "effective_share": float(keep_R.double().mean()),
         "kept_token_fraction": int((keep_T & scored.mask_T).sum()) / int(scored.mask_T.sum()),
         "kept_fraction_positive": float(keep_R[advantage_R > 0].double().mean()),
         "kept_fraction_negative": float(keep_R[advantage_R < 0].double().mean()),

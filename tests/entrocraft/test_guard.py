@@ -179,6 +179,8 @@ def test_what_is_counted_as_kept_has_a_weight() -> None:
             "kept_groups": 2.0,
             "active_fraction": 3 / 8,
             "authority": 6 / 8,
+            "weight_min": 0.5,
             "weight_mean": (1.0 + 2.0 + 0.5 + 1.0) / 4,
             "weight_max": 2.0,
+            "effective_share": 4.5**2 / (8 * (1.0 + 4.0 + 0.25 + 1.0)),
         }

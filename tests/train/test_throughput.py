@@ -110,6 +110,7 @@ def test_rows_hold_every_metric_that_control_is_watched_by(finished):
             *("entropy", "entropy_seq_mean", "entropy_p10", "entropy_p50", "entropy_p90", "band_low", "band_high"),
             *("direction", "error", "kept_fraction", "kept_groups", "bypassed", "acceptance_mean", "weight_mean"),
             *("weight_max", "predicted_change_all", "predicted_change", "gain", "kl", "grad_norm", "effective_samples"),
+            *("weight_min", "effective_share"),
             *(f"clip_fraction_{side}_{sign}" for side in ("low", "high") for sign in ("positive", "negative")),
             *("response_length", "response_length_max", "update_tokens", "update_rows"),
             *(f"{what}_{phase}" for what in ("tokens_per_second", "tflops") for phase in ("sample", "score", "update")),
@@ -147,4 +148,5 @@ def test_weights_of_a_rule_are_told_apart_from_rejection():
         weight_R=np.array([0.5, 2.0, 0.0, 9.0]),
     )
     found = keep_metrics(batch, verdict)  # type: ignore[arg-type]
-    assert (found["weight_mean"], found["weight_max"]) == (1.25, 2.0)
+    assert (found["weight_min"], found["weight_mean"], found["weight_max"]) == (0.5, 1.25, 2.0)
+    assert found["effective_share"] == pytest.approx(2.5**2 / (4 * 4.25), rel=1e-15)
