@@ -13,6 +13,7 @@ from typing import Any
 import matplotlib as mpl
 from matplotlib.figure import Figure
 from tracking_cases import OWN, STEP, TARGETED, TASKS, Case
+from tracking_verdict import method_table
 
 mpl.use("Agg")
 
@@ -254,7 +255,7 @@ def plot_failure(runs: dict[str, dict[str, Any]], regime: str, path: Path) -> No
 
 
 def write_report(out: Path) -> str:
-    """Writes `summary.json`, `table.md` and the figures beside `runs.jsonl`; returns the table."""
+    """Writes `summary.json`, `table.md`, `methods.md` and the figures beside `runs.jsonl`; returns the table."""
     runs = read_runs(out / "runs.jsonl")
     table = summarise(runs.values())
     lost = destroyed(runs.values())
@@ -262,6 +263,8 @@ def write_report(out: Path) -> str:
     text += "\nRuns that control destroyed: " + ("; ".join(lost) if lost else "none") + ".\n"
     (out / "summary.json").write_text(json.dumps(table, indent=1) + "\n")
     (out / "table.md").write_text(text)
+    if (chosen := method_table(table)) is not None:
+        (out / "methods.md").write_text(chosen)
     for panel in _panels():
         name = "_".join(panel[panel[0] == "sums" :])
         plot_curves(runs, panel, out / f"curves_{name}.png")

@@ -12,6 +12,7 @@ sys.path.insert(0, str(BENCH))
 import bench_entropy_tracking  # noqa: E402
 from tracking_cases import FREE, SCHEDULES, TARGETED, TASKS, grid  # noqa: E402
 from tracking_report import comparison, destroyed, judge, markdown, plot_failure, summarise  # noqa: E402
+from tracking_verdict import method_table  # noqa: E402
 
 from entrocraft.schedules import anchored  # noqa: E402
 from entrocraft.train.config_reader import load_config  # noqa: E402
@@ -70,6 +71,43 @@ def test_ours_against_the_tightest_published_and_what_control_destroyed():
     # The uncontrolled run of another seed says nothing, nor does a curve that goes up again.
     assert destroyed([run | {"seed": 2} if run["method"] == "none" else run for run in harmed]) == []
     assert destroyed([run | {"schedule": "wave"} if run["method"] == "hard" else run for run in harmed]) == []
+
+
+def _means(method, errors, *, seeds=2):
+    """Runs of a method whose mean errors are these, in both regimes; accuracy and distinct answers the same."""
+    curves = {"entropy": [], "target": []}
+    return [
+        {"method": method, "schedule": schedule, "regime": regime, "seed": seed, **curves,
+         "error": error + (0.001 if seed else -0.001), "worst": 0.1,
+         "settling": 7 if schedule == "step_down_up" else None,
+         "accuracy": 0.9, "pass_at_8": 1.0, "distinct": 4.25, "entropy_end": 0.5, "kept": 1.0, "tokens": 1.0}
+        for schedule, error in errors.items() for regime in ("one_pass", "reused") for seed in range(seeds)
+    ]  # fmt: skip
+
+
+def test_what_each_method_reaches_and_follows_is_said_of_its_means():
+    runs = [
+        *_means("none", {"line": 0.3}),
+        *_means("hard", {"line": 0.019, "half_cosine": 0.02, "wave": 0.041, "level": 0.041}),
+        *_means("switch", {"line": 0.021, "half_cosine": 0.01, "wave": 0.01, "level": 0.01}),
+        *_means("budget", {"line": 0.01, "half_cosine": 0.02, "wave": 0.04, "level": 0.039, "step_down_up": 0.2}),
+        *_means("soft", {"line": 0.2}),
+    ]
+    cost, empty = "0.90 / 0.90 | 4.2 / 4.2", "| | |"
+    table = method_table(summarise(runs))
+    assert table is not None
+    assert [" ".join(line.split()) for line in table.splitlines()[2:]] == [
+        "| `budget` * | yes | yes | yes | 0.039 / 0.039 | 0.010 / 0.010 | 0.020 / 0.020 | 0.040 / 0.040 | 7 / 7 | "
+        + cost + " |",
+        "| `hard` | no | falling ones | yes | 0.041 / 0.041 | 0.019 / 0.019 | 0.020 / 0.020 | 0.041 / 0.041 | | "
+        + cost + " |",
+        "| `switch` | yes | no | no | 0.010 / 0.010 | 0.021 / 0.021 | 0.010 / 0.010 | 0.010 / 0.010 | | " + cost + " |",
+        f"| `soft` | not run | not run | yes | | 0.200 / 0.200 {empty} | {cost} |",
+        f"| `none` | no | no | yes | | 0.300 / 0.300 {empty} | {cost} |",
+        "",
+        "Means over 2 seeds; one pass / re-used batches.",
+    ]  # fmt: skip
+    assert method_table(summarise(run for run in runs if run["method"] != "none")) is None
 
 
 def test_where_control_let_go_is_recorded_and_drawn(tmp_path):

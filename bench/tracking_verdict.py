@@ -1,0 +1,86 @@
+"""The table that a reader chooses a method by: what each reaches, follows and costs, from the means of the grid.
+
+A row says in words what its numbers, beside it, allow; `THRESHOLDS` is where a word begins.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from tracking_cases import OWN, REGIMES, TARGETED
+
+# Mean |entropy - target| of a curve, nats, up to which a method is said to do it, in both regimes.
+THRESHOLDS = {"level": 0.04, "line": 0.02, "half_cosine": 0.02, "wave": 0.04}
+FALLING = ("line", "half_cosine")
+
+Means = dict[str, dict[str, Any]]
+
+
+def does(table: Means, method: str, curves: tuple[str, ...]) -> bool | None:
+    """Whether the mean error is within the threshold on all these curves and regimes; None if one was not run."""
+    rows = [table.get(f"{method}-{curve}-{regime}") for curve in curves for regime in REGIMES]
+    if any(row is None for row in rows):
+        return None
+    return all(row["error"] <= THRESHOLDS[row["schedule"]] for row in rows if row is not None)
+
+
+def reaches(table: Means, method: str) -> str:
+    """Whether the method holds the constant that the model starts at."""
+    return {None: "not run", True: "yes", False: "no"}[does(table, method, ("level",))]
+
+
+def follows(table: Means, method: str) -> str:
+    """Which curves the method follows: the wave too, those that fall, or none."""
+    falls, turns = does(table, method, FALLING), does(table, method, ("wave",))
+    if falls is None or turns is None:
+        return "not run"
+    return "yes" if falls and turns else "falling ones" if falls else "no"
+
+
+def any_advantage(method: str) -> str:
+    """Whether the method leaves the advantage and the scale of the reward to the user."""
+    settings = TARGETED[method]
+    given = any(setting.startswith(("--loss.advantage=", "--reward.signed=")) for setting in settings)
+    return "no" if given else "yes"
+
+
+def method_table(table: Means) -> str | None:
+    """Markdown, a row a method that seeks a target, the tightest on the falling line first, and `none` below.
+
+    None where `none` or all others lack a regime of that line.
+    """
+    whole = [name for name in ("none", *TARGETED) if all(f"{name}-line-{regime}" in table for regime in REGIMES)]
+    if "none" not in whole or len(whole) == 1:
+        return None
+    lines = [
+        "| method | reaches a target | follows a curve | any advantage | error: level | line | cosine | wave | "
+        "steps to settle | accuracy | distinct right of 8 |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    ranked = sorted(whole[1:], key=lambda name: sum(table[f"{name}-line-{regime}"]["error"] for regime in REGIMES))
+    for name in [*ranked, "none"]:
+        words = [f"`{name}`" + (" *" if name in OWN else "")]
+        words += (
+            ["no", "no", "yes"] if name == "none" else [reaches(table, name), follows(table, name), any_advantage(name)]
+        )
+        words += [_pair(table, name, curve, "error", 3) for curve in ("level", *FALLING, "wave")]
+        words += [_pair(table, name, "step_down_up", "settling", 0)]
+        words += [_pair(table, name, "line", "accuracy", 2), _pair(table, name, "line", "distinct", 1)]
+        lines.append("| " + " | ".join(words) + " |")
+    seeds = sorted({row["seeds"] for row in table.values() if row["task"] == "sums"})
+    counted = (
+        f"{seeds[0]} seed"
+        if seeds[-1] == 1
+        else f"{seeds[0]} to {seeds[-1]} seeds"
+        if seeds[1:]
+        else f"{seeds[0]} seeds"
+    )
+    return "\n".join([*lines, "", f"Means over {counted}; one pass / re-used batches.", ""])
+
+
+def _pair(table: Means, method: str, curve: str, column: str, digits: int) -> str:
+    """A column's means in both regimes; empty where the curve was not run."""
+    rows = [table.get(f"{method}-{curve}-{regime}") for regime in REGIMES]
+    if all(row is None for row in rows):
+        return ""
+    return " / ".join("-" if row is None else f"{row[column]:.{digits}f}" for row in rows)
