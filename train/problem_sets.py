@@ -14,7 +14,7 @@ from entrocraft.train.config_evaluation import EvaluationSetConfig
 from entrocraft.train.data import drop_long, encode_prompts
 from entrocraft.train.decontamination import REPORT_FILE, Overlap, find_overlaps, write_report
 from entrocraft.train.metrics import MetricsLog
-from entrocraft.train.problems import Problem, read_problems
+from entrocraft.train.problems import Problem, RowFormat, read_problems
 
 DEFAULT_SET = "eval"
 """Name of the held-out set that `data.eval` gives; its metrics carry no name."""
@@ -53,25 +53,13 @@ def load_set(
     Raises ValueError when prompt and response cannot both fit into the context, and what `read_problems` and
     `encode_prompts` raise.
     """
-    assert data.train is not None
     room = context - response_tokens
     if room < 1:
         raise ValueError(
             f"sampling.max_response_tokens = {response_tokens}: the model's context of {context} tokens has no room "
             "left for a prompt; lower it"
         )
-    problems, unusable = read_problems(
-        data.train,
-        prompt_field=data.prompt_field,
-        answer_field=data.answer_field,
-        prompt_template=data.prompt_template,
-        answer_pattern=data.answer_pattern or None,
-        limit=data.limit,
-        on_missing=data.on_missing,
-        split=data.split,
-        subset=data.subset,
-        revision=data.revision,
-    )
+    problems, unusable = _read(data)
     limit = min(data.max_prompt_tokens, room)
     try:
         encoded = encode_prompts(
@@ -90,6 +78,25 @@ def load_set(
         ) from None
     kept, prompts, long = drop_long(problems, encoded)
     return ProblemSet(name=name, problems=kept, prompts=prompts, samples=samples, too_long=len(long), unusable=unusable)
+
+
+def _read(data: DataConfig) -> tuple[list[Problem], list[str]]:
+    assert data.train is not None
+    row_format = RowFormat(
+        prompt_field=data.prompt_field,
+        answer_field=data.answer_field,
+        prompt_template=data.prompt_template,
+        answer_pattern=data.answer_pattern or None,
+    )
+    return read_problems(
+        data.train,
+        row_format,
+        limit=data.limit,
+        on_missing=data.on_missing,
+        split=data.split,
+        subset=data.subset,
+        revision=data.revision,
+    )
 
 
 def held_out_data(data: DataConfig, of: EvaluationSetConfig) -> DataConfig:

@@ -38,34 +38,55 @@ class UnusableRowError(ValueError):
     """A row without text or without an answer; collections of problems have some."""
 
 
-def load_problems(path: str | Path, *, prompt_field: str, answer_field: str, **options: Any) -> list[Problem]:
-    """As `read_problems`, for a set of which every row must be usable."""
-    return read_problems(path, prompt_field=prompt_field, answer_field=answer_field, **options)[0]
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RowFormat:
+    """How a row becomes a problem. ValueError for a template without its place or a pattern that cannot be used."""
+
+    prompt_field: str
+    """Column of the question; its value must be a non-empty string."""
+    answer_field: str
+    """Column of the gold answer; a string or a number (27.0 is read as "27")."""
+    prompt_template: str = "{prompt}"
+    r"""Text in which the literal `{prompt}` is replaced by the question. Other braces, as in `\boxed{}`, are left
+    alone."""
+    answer_pattern: str | None = None
+    r"""Regular expression with exactly one group, searched in the answer; the group is the gold. GSM8K:
+    `r"####\s*(.+)$"`. "boxed" takes what the last `\boxed{}` holds."""
+
+    def __post_init__(self) -> None:
+        if "{prompt}" not in self.prompt_template:
+            raise ValueError(f"prompt_template={self.prompt_template!r} does not contain '{{prompt}}'")
+        _extractor(self.answer_pattern)  # raises for a bad one
+
+
+def load_problems(
+    path: str | Path,
+    *,
+    limit: int | None = None,
+    split: str = "train",
+    subset: str = "",
+    revision: str = "",
+    **row_format: Any,
+) -> list[Problem]:
+    """As `read_problems`, for a set of which every row must be usable; the other arguments are those of `RowFormat`."""
+    return read_problems(path, RowFormat(**row_format), limit=limit, split=split, subset=subset, revision=revision)[0]
 
 
 def read_problems(
     path: str | Path,
+    row_format: RowFormat,
     *,
-    prompt_field: str,
-    answer_field: str,
-    prompt_template: str = "{prompt}",
-    answer_pattern: str | None = None,
     limit: int | None = None,
     on_missing: Literal["error", "drop"] = "error",
     split: str = "train",
     subset: str = "",
     revision: str = "",
 ) -> tuple[list[Problem], list[str]]:
-    r"""The problems of a set, and what was wrong with each row that was dropped.
+    """The problems of a set, and what was wrong with each row that was dropped.
 
     Args:
         path: a JSONL or parquet file, a folder of them, or a hub id.
-        prompt_field: column of the question; its value must be a non-empty string.
-        answer_field: column of the gold answer; a string or a number (27.0 is read as "27").
-        prompt_template: text in which the literal `{prompt}` is replaced by the question. Other braces,
-            as in `\boxed{}`, are left alone.
-        answer_pattern: regular expression with exactly one group, searched in the answer; the group is
-            the gold. GSM8K: `r"####\s*(.+)$"`. "boxed" takes what the last `\boxed{}` holds.
+        row_format: which columns are read, and what becomes of them.
         limit: read at most this many problems, from the top of the set.
         on_missing: "drop" leaves out rows without a question or an answer instead of raising.
         split, subset, revision: which part of a folder or of a data set of the hub.
@@ -75,33 +96,36 @@ def read_problems(
         ValueError: a bad argument, a line that is not a JSON object, a missing column, an unusable row (with
             "error"), an answer the pattern does not match (each with its place), or a set without problems.
     """
-    if "{prompt}" not in prompt_template:
-        raise ValueError(f"prompt_template={prompt_template!r} does not contain '{{prompt}}'")
     if limit is not None and limit < 1:
         raise ValueError(f"limit={limit} must be at least 1, or None for the whole file")
-    extract = _extractor(answer_pattern)
+    extract = _extractor(row_format.answer_pattern)
+    columns = [row_format.prompt_field, row_format.answer_field]
     problems: list[Problem] = []
     dropped: list[str] = []
-    found = rows(path, [prompt_field, answer_field], split=split, subset=subset, revision=revision)
-    for index, (place, row) in enumerate(found):
-        prompt = _field(row, prompt_field, place, argument="prompt_field")
-        value = _field(row, answer_field, place, argument="answer_field")
+    for index, (place, row) in enumerate(rows(path, columns, split=split, subset=subset, revision=revision)):
         try:
-            question = _question(prompt, prompt_field, place)
-            answer = extract(_answer_text(value, answer_field, place), place)
+            problems.append(_problem(index, row, place, row_format, extract))
         except UnusableRowError as error:
             if on_missing == "error":
                 raise
             dropped.append(str(error))
-            continue
-        text = prompt_template.replace("{prompt}", question)
-        problems.append(Problem(index=index, prompt=text, answer=answer, question=question))
         if limit is not None and len(problems) == limit:
             break
     if not problems:
         reason = f"; the first of {len(dropped)} rows that were dropped: {dropped[0]}" if dropped else ""
         raise ValueError(f"{path} holds no problems: expected one JSON object a line, or rows with columns{reason}")
     return problems, dropped
+
+
+def _problem(
+    index: int, row: dict[str, Any], place: str, row_format: RowFormat, extract: Callable[[str, str], str]
+) -> Problem:
+    prompt = _field(row, row_format.prompt_field, place, argument="prompt_field")
+    value = _field(row, row_format.answer_field, place, argument="answer_field")
+    question = _question(prompt, row_format.prompt_field, place)
+    answer = extract(_answer_text(value, row_format.answer_field, place), place)
+    text = row_format.prompt_template.replace("{prompt}", question)
+    return Problem(index=index, prompt=text, answer=answer, question=question)
 
 
 def _extractor(answer_pattern: str | None) -> Callable[[str, str], str]:

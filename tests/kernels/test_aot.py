@@ -27,14 +27,18 @@ from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 from triton.tools.tensor_descriptor import TensorDescriptor  # noqa: E402
 
-from entrocraft.kernels import linear_logprob_device, linear_logprob_launch, linear_logprob_triton  # noqa: E402
+from entrocraft.kernels import linear_logprob_launch, linear_logprob_triton  # noqa: E402
+from entrocraft.kernels.dlogits_kernels import dlogits_kernel, stored_dlogits_kernel  # noqa: E402
 from entrocraft.kernels.head import Exponentials, Head, HeadOptions, Sinks  # noqa: E402
 from entrocraft.kernels.linear_logprob_launch import Tile, Tiles  # noqa: E402
 from entrocraft.kernels.row_stats import RowCoefficients  # noqa: E402
+from entrocraft.kernels.stats_kernels import merge_kernel, stats_kernel  # noqa: E402
 
 BIN = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 SHARED_BYTES = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024, 120: 99 * 1024}
-KERNELS = ("stats_kernel", "merge_kernel", "dlogits_kernel", "stored_dlogits_kernel")
+KERNELS: dict[str, Any] = {
+    kernel.__name__: kernel for kernel in (stats_kernel, merge_kernel, dlogits_kernel, stored_dlogits_kernel)
+}
 NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.int64: "i64"}
 
 
@@ -45,7 +49,7 @@ class Recorder:
         self.name, self.calls = name, calls
 
     def __getitem__(self, grid):
-        names = getattr(linear_logprob_device, self.name).arg_names
+        names = KERNELS[self.name].arg_names
 
         def launch(*args, **kwargs):
             self.calls[self.name] = dict(zip(names, args, strict=False)) | kwargs
@@ -83,7 +87,7 @@ def recorded_launches(
 
 def compiled(name: str, arguments: dict[str, Any], capability: int) -> tuple[Any, str]:
     """The kernel compiled for these arguments as a launch would, and the log of the assembler."""
-    kernel = getattr(linear_logprob_device, name)
+    kernel = KERNELS[name]
     constexprs = {p.name for p in kernel.params if p.is_constexpr}
     signature, constants, attributes = {}, {}, {}
     for index, argument in enumerate(kernel.arg_names):

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from entrocraft.train import doctor
+from entrocraft.train import doctor, doctor_probes
 from entrocraft.train.doctor import Finding
 
 SCRIPT = Path(doctor.__file__).resolve()
@@ -41,6 +41,23 @@ def failing(findings: Iterable[Finding]) -> dict[str, Finding]:
     return {finding.subject: finding for finding in findings if finding.level == "fail"}
 
 
+def test_code_is_tried_in_a_process_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    told = doctor_probes.attempt("import os; print(os.environ['HF_HUB_OFFLINE'], os.environ['OWN'])", OWN="7")
+    assert told == ("1 7\n", "")
+    assert doctor_probes.attempt("print(1); raise RuntimeError('not here')") == ("", "RuntimeError: not here")
+    assert doctor_probes.attempt("raise SystemExit(3)") == ("", "exit code 3")
+    train = str(SCRIPT.parent)  # searched by a script in it; its file names are not for others to import
+    monkeypatch.syspath_prepend(train)
+    assert doctor_probes.attempt(f"import sys; print({train!r} in sys.path)") == ("False\n", "")
+
+
+@pytest.mark.parametrize(
+    ("version", "numbers"), [("2.13.0+cpu", (2, 13)), ("3.7.1", (3, 7)), ("2.10", (2, 10)), ("26.1.2", (26, 1))]
+)
+def test_releases_compare_as_numbers(version: str, numbers: tuple[int, ...]) -> None:
+    assert doctor_probes.release(version) == numbers
+
+
 @pytest.mark.slow
 def test_this_environment(capsys: pytest.CaptureFixture[str]) -> None:
     findings = doctor.examine()
@@ -56,9 +73,12 @@ def test_this_environment(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_a_bare_environment_is_told_what_to_install(tmp_path: Path) -> None:
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", tmp_path / "bare"], check=True)
-    done = subprocess.run(
-        [tmp_path / "bare" / "bin" / "python", SCRIPT], cwd=tmp_path, capture_output=True, text=True, env={"PATH": ""}
+    bare = tmp_path / "bare" / "bin" / "python"
+    done, safe = (
+        subprocess.run([bare, *flags, SCRIPT], cwd=tmp_path, capture_output=True, text=True, env={"PATH": ""})
+        for flags in ([], ["-P"])  # with -P, the script's folder is not searched
     )
+    assert (safe.returncode, safe.stdout, safe.stderr) == (done.returncode, done.stdout, done.stderr)
     assert done.returncode == 1
     assert done.stderr == ""
     assert (

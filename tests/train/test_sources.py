@@ -8,7 +8,7 @@ import pyarrow
 import pytest
 from pyarrow import parquet
 
-from entrocraft.train.problems import load_problems, read_problems
+from entrocraft.train.problems import RowFormat, load_problems, read_problems
 from entrocraft.train.sources import rows
 
 ROWS = [
@@ -49,8 +49,8 @@ def file(tmp_path):
 def test_parquet_and_folder_give_what_jsonl_gives(tmp_path, file, folder):
     lines = tmp_path / "set.jsonl"
     lines.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
-    fields: dict[str, Any] = {"prompt_field": "problem", "answer_field": "answer", "on_missing": "drop"}
-    (expected, dropped), *others = (read_problems(path, **fields) for path in (lines, file, folder))
+    fields = RowFormat(prompt_field="problem", answer_field="answer")
+    (expected, dropped), *others = (read_problems(path, fields, on_missing="drop") for path in (lines, file, folder))
     assert [(p.index, p.question, p.answer) for p in expected] == [(0, "2 + 2?", "4"), (1, "Half of one?", "1/2")]
     assert dropped == [f"{lines}:3: field 'answer' must be a string or a number, it is None"]
     for problems, dropped in others:
@@ -69,7 +69,7 @@ def test_only_the_columns_that_are_asked_for_are_read(file, folder):
 
 
 def test_splits(folder):
-    fields = {"prompt_field": "problem", "answer_field": "answer"}
+    fields: dict[str, Any] = {"prompt_field": "problem", "answer_field": "answer"}
     assert len(load_problems(folder, split="test", **fields)) == 1
     with pytest.raises(ValueError, match=r"split 'dev'.*can be loaded: .*dev"):
         load_problems(folder, split="dev", **fields)
@@ -77,7 +77,7 @@ def test_splits(folder):
 
 def test_answers_out_of_worked_solutions(file):
     fields: dict[str, Any] = {"prompt_field": "problem", "answer_field": "solution", "answer_pattern": "boxed"}
-    problems, dropped = read_problems(file, on_missing="drop", **fields)
+    problems, dropped = read_problems(file, RowFormat(**fields), on_missing="drop")
     assert [problem.answer for problem in problems] == ["4", "\\frac{1}{2}"]
     assert "finds no \\boxed{} in 'Clear.'" in dropped[0]
     with pytest.raises(ValueError, match=r"row 2: answer_pattern='boxed' finds no"):
@@ -87,7 +87,9 @@ def test_answers_out_of_worked_solutions(file):
 def test_a_set_of_unusable_rows_is_refused_with_the_first_reason(tmp_path):
     (tmp_path / "proofs.jsonl").write_text(json.dumps(ROWS[2]) + "\n")
     with pytest.raises(ValueError, match=r"holds no problems.* first of 1 rows .*'answer' must be"):
-        read_problems(tmp_path / "proofs.jsonl", prompt_field="problem", answer_field="answer", on_missing="drop")
+        read_problems(
+            tmp_path / "proofs.jsonl", RowFormat(prompt_field="problem", answer_field="answer"), on_missing="drop"
+        )
 
 
 def test_what_is_not_there_is_told(tmp_path):
