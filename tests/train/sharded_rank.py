@@ -1,15 +1,15 @@
 """The ranks of `test_sharding.py`: train every case on their shards and save what came of it.
 
-    python sharded_rank.py FOLDER 1 2 4
-
-runs a world of one rank, then of two, then of four, whose processes are forked so that libraries are imported once.
-The folder holds models and `batch.pt`. `results` is also what the test calls on a whole model, for comparison.
+`layout_rank.py` runs a world of one rank, then of two, then of four, whose processes are forked so that libraries are
+imported once. The folder holds models and `batch.pt`. `results` is also what the test calls on a whole model, for
+comparison.
 """
 
 import multiprocessing
 import os
 import socket
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -193,11 +193,11 @@ def saved_state(policy: Policy, optimizer: torch.optim.Optimizer) -> dict[str, t
     return whole_tensors(policy.model) | moments
 
 
-def learn(policy: Policy, setting: Config, optimizer: torch.optim.Optimizer, batch: dict[str, Any]) -> None:
-    """One step of updates."""
+def learn(policy: Policy, setting: Config, optimizer: torch.optim.Optimizer, batch: dict[str, Any]) -> dict[str, float]:
+    """One step of updates; its metrics."""
     rollouts = Rollouts(**batch["rollouts"])
     learning = Learning(method=build_method(setting), state={}, aggregation="token_mean", config=setting, step=1)
-    update(policy, optimizer, rollouts, policy.score(rollouts, 40), Decision(**batch["decision"]), learning)
+    return update(policy, optimizer, rollouts, policy.score(rollouts, 40), Decision(**batch["decision"]), learning)
 
 
 def resumed(setting: Config, ranks: Ranks, run: Path) -> dict[str, torch.Tensor]:
@@ -272,8 +272,8 @@ def main(folder: Path) -> None:
         torch.save(made, folder / f"rank{ranks.rank}_of_{ranks.size}.pt")
 
 
-def run_world(folder: Path, world: int) -> None:
-    """Forks the ranks and waits for them; ends this process when one fails."""
+def run_world(folder: Path, world: int, target: Callable[[Path], None]) -> None:
+    """Forks ranks that call `target(folder)` and waits for them; ends this process when one fails."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -282,14 +282,9 @@ def run_world(folder: Path, world: int) -> None:
     ranks = []
     for rank in range(world):
         os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-        ranks.append(context.Process(target=main, args=(folder,)))
+        ranks.append(context.Process(target=target, args=(folder,)))
         ranks[-1].start()
     for rank in ranks:
         rank.join()
     if any(rank.exitcode for rank in ranks):
         sys.exit(f"a world of {world} ended with {[rank.exitcode for rank in ranks]}")
-
-
-if __name__ == "__main__":
-    for size in sys.argv[2:]:
-        run_world(Path(sys.argv[1]), int(size))

@@ -11,7 +11,9 @@ from entrocraft.train import vllm_engine, vllm_worker
 from entrocraft.train.config_engine import MismatchConfig
 from entrocraft.train.deadline import WaitedTooLong
 from entrocraft.train.errors import NonFiniteError, TrainingStopped
+from entrocraft.train.lora import is_adapter, without_adapters
 from entrocraft.train.mismatch import MismatchWatch, mismatch_metrics
+from entrocraft.train.packing import pack
 from entrocraft.train.publication import Ledger, PublicationError, check_version
 
 # Both compute in float32, by other kernels: the largest difference seen over these logits is 1e-5 nats.
@@ -108,6 +110,30 @@ def test_layout_and_ends(published):
         assert difference(policy, cold) < 5 * TOLERANCE  # logits are divided by less
     finally:
         policy.temperature = usual
+
+
+def test_merged_adapters_are_what_is_sampled_from():
+    """vLLM knows nothing of adapters: what is published is their sum with the frozen weights."""
+    policy = make_policy(tied=True, lora=4)
+    engine = make_engine(policy)
+    trained = {name: p for name, p in policy.model.named_parameters() if p.requires_grad}
+    assert all(map(is_adapter, trained))
+    first = {name: p.detach().clone() for name, p in trained.items()}
+    optimizer = torch.optim.AdamW(trained.values(), lr=0.05)
+    for version in range(3):
+        engine.publish(version)
+        rollouts = draw(engine, (0, version))
+        assert rollouts.weight_version == version
+        assert difference(policy, rollouts) < TOLERANCE
+        with without_adapters(policy.model):
+            from_base = difference(policy, rollouts)
+        # New adapters add nothing. Learnt ones make another model, and it is not the base that was sampled from.
+        assert from_base < TOLERANCE if version == 0 else from_base > 1000 * TOLERANCE
+        for batch in pack(rollouts, range(rollouts.R), 4096):
+            (-policy.token_stats(batch, rollouts.token_T).logprob_T.mean()).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert all(not torch.equal(p, first[name]) for name, p in trained.items())  # every A and every B
 
 
 def test_what_arrives_changed_is_refused(published, monkeypatch):

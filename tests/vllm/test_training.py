@@ -6,6 +6,7 @@ import pytest
 
 from entrocraft.train.config_reader import load_config
 from entrocraft.train.demo import CONFIG, main
+from entrocraft.train.lora import without_adapters
 from entrocraft.train.metrics import depends_on_the_clock, read_events, read_metrics
 from entrocraft.train.publication import PublicationError
 from entrocraft.train.train import run_training
@@ -60,6 +61,19 @@ def test_the_demo_with_vllm(tmp_path):
     assert table[0]["entropy"] != table[-1]["entropy"]
     assert {"eval_accuracy", "eval_entropy"} <= set(table[-1])
     assert not [event for event in read_events(tmp_path / "budget") if event["kind"] == "mismatch_alarm"]
+
+
+def test_a_run_with_adapters(tmp_path):
+    run = run_training(settings(tmp_path, "--lora.rank=4", "--optimizer.lr=0.02", "--optimizer.steps=3"))
+    table = rows(tmp_path)
+    assert [row["updates"] for row in table] == [4, 4, 4]
+    for row in table:
+        assert row["staleness"] == 0
+        assert row["mismatch_max"] < 5e-5  # float32 on both sides, merged on one
+    adapted = run.policy.hidden_of([5, 6, 7])
+    with without_adapters(run.policy.model):
+        base = run.policy.hidden_of([5, 6, 7])
+    assert float((adapted - base).abs().max()) > 0.05
 
 
 def test_a_skipped_publication_stops_the_run(tmp_path, monkeypatch):

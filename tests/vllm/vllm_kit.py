@@ -4,11 +4,13 @@ import torch
 
 from entrocraft.train.config import Config, DataConfig, SamplingConfig
 from entrocraft.train.config_engine import EngineConfig
-from entrocraft.train.config_model import TinyModelConfig
+from entrocraft.train.config_lora import LoraConfig
+from entrocraft.train.config_model import ModelConfig, TinyModelConfig
+from entrocraft.train.config_parallel import ParallelConfig
 from entrocraft.train.engines import build_engine
+from entrocraft.train.loading import load
 from entrocraft.train.packing import pack
 from entrocraft.train.policy import Policy
-from entrocraft.train.tiny_model import build_tiny_model
 
 # vLLM keeps some of its state once a process, and one engine's end ends it for all: none here ends before the process.
 ENGINES = []
@@ -17,10 +19,14 @@ TEMPERATURE = 0.7
 ENDS = range(60, 90)  # so that about half of the responses end by themselves
 
 
-def make_policy(*, tied, seed=0):
-    """A tiny Qwen3 with heads of 32 dimensions, the smallest that vLLM's CPU build knows, and opinions."""
+def make_policy(*, tied, seed=0, lora=None):
+    """A tiny Qwen3 with heads of 32 dimensions, the smallest that vLLM's CPU build knows, and opinions.
+
+    lora: rank of adapters, which alone are trained then.
+    """
     shape = TinyModelConfig(hidden_size=64, layers=2, heads=2, mlp_size=128, context=256, tied=tied)
-    model, tokenizer = build_tiny_model(shape, seed)
+    made = ModelConfig(tiny=shape), ParallelConfig(), LoraConfig(rank=lora)
+    model, tokenizer = load(*made, device=torch.device("cpu"), size=1, seed=seed)
     with torch.no_grad():
         model.model.norm.weight.mul_(3.0)
     model.generation_config.eos_token_id = list(ENDS)
