@@ -110,7 +110,7 @@ class Step:
                     torch.arange(len(module.inv_freq), device=device) / len(module.inv_freq)
                 )
         self.policy = Policy(model, None, temperature=1.0, device=device)
-        self.optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6)
+        self.optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6, foreach=False)  # as the trainer's
         self.cost = ModelCost.of(model)
 
     def batch(self, sequences: int) -> Rollouts:
