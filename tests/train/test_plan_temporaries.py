@@ -1,5 +1,7 @@
 """The memory plan's temporaries of the optimizer and of rollouts against what a small model really allocates."""
 
+from typing import Any
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -27,7 +29,7 @@ def planned(world, **settings):
 # A whole model, and a third of a sharded one: 259 rows of the embedding are the largest tensor.
 @pytest.mark.parametrize("world", [1, 3])
 def test_what_a_step_of_the_optimizer_makes(world):
-    shape = {"hidden_size": 32, "layers": 2, "heads": 4, "mlp_size": 68}
+    shape: dict[str, Any] = {"hidden_size": 32, "layers": 2, "heads": 4, "mlp_size": 68}
     settings = {f"model__tiny__{name}": size for name, size in shape.items()}
     plan = planned(world, parallel__param_dtype="float32", **settings)
     model, tokenizer = build_tiny_model(TinyModelConfig(**shape), 0)
@@ -57,7 +59,7 @@ def test_what_a_step_of_the_optimizer_makes(world):
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_what_rollouts_take(prompt, response, vocabulary, fullest, dtype):
-    shape = {"hidden_size": 256, "layers": 2, "heads": 8, "mlp_size": 512, "vocabulary": vocabulary}
+    shape: dict[str, Any] = {"hidden_size": 256, "layers": 2, "heads": 8, "mlp_size": 512, "vocabulary": vocabulary}
     settings = {f"model__tiny__{name}": size for name, size in shape.items()}
     parts = planned(
         1,
