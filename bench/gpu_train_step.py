@@ -23,7 +23,7 @@ import subprocess
 import sys
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -52,6 +52,8 @@ TINY = QWEN3_4B | {
 # (shape, tokens of a sequence, sequences in a micro-batch)
 SIZES = {"qwen3_4b": (QWEN3_4B, 4096, 4), "tiny": (TINY, 64, 2)}
 LIMITS_GB = (80, 141)
+MOST_SEQUENCES = 256
+"""How far `largest` searches."""
 PARTS = ("whole", "rank_of_8", "largest", "demo", "demo_gpu")
 PART_SECONDS = 580
 
@@ -108,7 +110,7 @@ class Step:
                     torch.arange(len(module.inv_freq), device=device) / len(module.inv_freq)
                 )
         self.policy = Policy(model, None, temperature=1.0, device=device)
-        self.optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6)
+        self.optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6, foreach=False)  # as the trainer's
         self.cost = ModelCost.of(model)
 
     def batch(self, sequences: int) -> Rollouts:
@@ -207,12 +209,29 @@ def largest(size: str, device: torch.device) -> dict[str, Any]:
                 found[f"{limit}_gb"] = f"skipped: this device has {total / 1e9:.0f} GB"
                 continue
             torch.cuda.set_per_process_memory_fraction(limit * 1e9 / total)
-            fits, too_many = 1, 256
-            while too_many - fits > 1:
-                middle = (fits + too_many) // 2
-                fits, too_many = (middle, too_many) if runs(step, middle) else (fits, middle)
-            predicted = step.predicted(fits)["update"]
-            found[f"{limit}_gb"] = {"tokens_per_microbatch": fits * step.length, "predicted_gb": predicted}
+            most = most_that_fit(lambda sequences: runs(step, sequences), MOST_SEQUENCES)
+            predicted = step.predicted(max(most, 1))["update"]
+            found[f"{limit}_gb"] = answer(most, step.length) | {"predicted_gb": predicted}
+    return found
+
+
+def most_that_fit(fits: Callable[[int], bool], limit: int) -> int:
+    """The largest n up to `limit` with fits(n), in log2(limit) + 1 questions; 0 where not even 1 does. What fits n
+    must fit fewer."""
+    most, too_many = 0, limit + 1
+    while too_many - most > 1:
+        middle = (most + too_many) // 2
+        most, too_many = (middle, too_many) if fits(middle) else (most, middle)
+    return most
+
+
+def answer(sequences: int, length: int) -> dict[str, Any]:
+    """What `most_that_fit` found, in tokens, with a note where the search came to an end of its range."""
+    found: dict[str, Any] = {"tokens_per_microbatch": sequences * length}
+    if sequences == 0:
+        found["note"] = f"not one sequence of {length} tokens fits; predicted_gb is that of one"
+    elif sequences == MOST_SEQUENCES:
+        found["note"] = f"at least: more than {MOST_SEQUENCES} sequences were not tried"
     return found
 
 
@@ -231,7 +250,8 @@ def runs(step: Step, sequences: int) -> bool:
 def demo(out: Path, *extra: str) -> dict[str, Any]:
     """The demo in a process of its own; what it summed up, without its curves."""
     command = [sys.executable, str(ROOT / "train" / "demo.py"), "--out", str(out), *extra]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=PART_SECONDS)
+    # Sooner than this process itself is given up, or the demo would go on beside the next part.
+    done = subprocess.run(command, capture_output=True, text=True, timeout=PART_SECONDS - 40)
     if done.returncode:
         raise RuntimeError(f"the demo ended with {done.returncode}: {(done.stdout + done.stderr)[-2000:]}")
     summary = json.loads((out / "summary.json").read_text())
@@ -248,8 +268,9 @@ def run_part(part: str, size: str, device: torch.device, out: Path, rounds: int)
         return largest(size, device)
     extra = [f"--recipe={ROOT / 'train' / 'configs' / 'demo_gpu.yaml'}"] if part == "demo_gpu" else []
     if size == "tiny":
-        extra += ["--warm-start-steps", "2", "--optimizer.steps=2", "--model.tiny.vocabulary=600"]
-        extra += ["--model.tiny.hidden_size=32", "--model.tiny.layers=2", "--batch.prompts_per_step=8"]
+        extra += ["--warm-start-steps=1", "--optimizer.steps=2", "--batch.prompts_per_step=2", "--evaluation.samples=2"]
+        extra += ["--model.tiny.hidden_size=32", "--model.tiny.layers=1", "--model.tiny.vocabulary=600"]
+        extra += ["--sampling.max_response_tokens=4", "--logging.report=false"]
     return demo(out / part, f"--device={device.type}", *extra)
 
 

@@ -7,13 +7,19 @@ most.
     weights, optimizer, gradients   fp32, this rank's rows: what it keeps from step to step
     gathered weights                what FSDP holds whole: all outside the blocks, and two blocks, one fetched ahead
     activations, backward pass      kept for the backward pass, and what it makes on its way
-    hidden rows, head buffer        the head's input and its fp32 gradient, and its bounded workspace
+    hidden rows, packed rows        the head's input and its fp32 gradient; again those of tokens with a gradient
+    head buffer                     the head's bounded workspace
     head gradient, reduction        of the head's weight; of other weights, in the compute dtype and in fp32
-    KV cache, logits                of the rollouts under way, with `engine.name: hf`
+    KV cache, attention, logits     of the rollouts under way, with `engine.name: hf`
 
 The largest micro-batch is planned for: full of sequences of the longest prompt and response, every token of which
-reaches the head. Not counted, and allowed for by RESERVE: CUDA's context, libraries' workspaces, NCCL's buffers, what
-the allocator loses between tensors.
+reaches the head, and all but one of which learn. Not counted, and allowed for by RESERVE: CUDA's context, libraries'
+workspaces, NCCL's buffers, what the allocator loses between tensors.
+
+Held against what a small model allocates on a CPU, exactly or within a few percent: what is kept, a pass, the
+optimizer, rollouts. The head buffer is held against both paths of the head, as the bound that it is. Formulas alone:
+what FSDP gathers and reduces, fused attention beyond what it keeps, vLLM's share, weights on their
+way to it.
 """
 
 from collections.abc import Iterator

@@ -13,8 +13,8 @@ from entrocraft.kernels.head import BUFFER_BYTES
 from entrocraft.train.plan_sizes import Sizes
 
 # fp32 copies of a step's logits that drawing a token makes beside the model's own: as fp32, divided by the temperature,
-# noise for the group and for each row, and their sum.
-DRAWN_COPIES = 5
+# noise for the group and for each row, their sum, and the sum of the step before, which is let go last.
+DRAWN_COPIES = 6
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,9 +100,14 @@ def _by_vocabulary(sizes: Sizes) -> bool:
     return sizes.sharded and sizes.config.parallel.vocab_parallel_head
 
 
+def head_buffer(rows: int, V: int, H: int, bound: int = BUFFER_BYTES) -> int:
+    """The most that the head needs for its own work on so many rows, bytes beside its operands and their gradients:
+    its `buffer_bytes`, and less for a small head (three fp32 tiles, and slices of weight, hidden and gradients)."""
+    return min(bound, 4 * (3 * rows * V + 2 * V * H + 2 * rows * H))
+
+
 def _buffer(sizes: Sizes, rows: int) -> int:
-    """The head's own workspace: bounded, and less for a small head."""
-    return min(BUFFER_BYTES, 4 * (3 * rows * sizes.V + 2 * sizes.V * sizes.H + 2 * rows * sizes.H))
+    return head_buffer(rows, sizes.V, sizes.H)
 
 
 def _scoring(sizes: Sizes) -> dict[str, int]:
@@ -141,6 +146,8 @@ def _update(sizes: Sizes) -> list[dict[str, int]]:
     in_head = {
         "activations": passes.kept,
         "hidden rows": hidden + 4 * sizes.H * every_row,
+        # As soon as one token has no gradient, the others are copied, and their gradients gathered apart.
+        "packed rows": (sizes.item + 4) * sizes.H * every_row,
         "head buffer": _buffer(sizes, every_row),
         "head gradient": head_grad,
     }
@@ -164,27 +171,41 @@ def _update(sizes: Sizes) -> list[dict[str, int]]:
 
 
 def _optimizing(sizes: Sizes) -> dict[str, int]:
-    """AdamW's own temporaries: of all parameters at once where they are plain CUDA tensors, else of one at a time."""
+    """AdamW's own temporaries: two of one parameter at a time."""
     largest = max((held.nbytes for held in sizes.held if held.kind == "gradients"), default=0)
-    everything = sizes.device.type == "cuda" and not sizes.sharded
-    return {"temporaries": 0 if sizes.offloaded else sizes.held_bytes("gradients") if everything else 2 * largest}
+    return {"temporaries": 0 if sizes.offloaded else 2 * largest}
 
 
 def _sampling(sizes: Sizes, gpu_bytes: int) -> dict[str, int]:
     prompts = -(-sizes.config.batch.prompts_per_step // sizes.world_size)
-    return _generating(sizes, gpu_bytes, prompts * sizes.config.batch.samples_per_prompt, sizes.length + 1)
+    wanted = prompts * sizes.config.batch.samples_per_prompt
+    return _generating(sizes, gpu_bytes, wanted, sizes.config.sampling.max_response_tokens)
 
 
-def _generating(sizes: Sizes, gpu_bytes: int, wanted: int, length: int) -> dict[str, int]:
-    """As the engine draws so many rollouts of so many tokens, prompt included."""
+def _generating(sizes: Sizes, gpu_bytes: int, wanted: int, response: int) -> dict[str, int]:
+    """As the engine draws so many rollouts, with responses of so many tokens: the fullest of three moments. Those are
+    the prompts' pass; the last token's attention, which sees keys and values of all before it; and its draw."""
     if sizes.config.engine.name != "hf":
         return _awake(sizes, gpu_bytes)
-    rollouts = min(sizes.config.sampling.rollouts_per_batch, wanted)
-    # One layer's cache is copied as it grows, its old self still there.
-    layers = len(sizes.block_sizes) + 1
-    cache = layers * token_cache(sizes) * rollouts * length
-    logits = rollouts * sizes.V * (sizes.item + 4 * DRAWN_COPIES)
-    return _gathered(sizes, whole=True) | {"KV cache": cache, "logits": logits}
+    rollouts, prompt = min(sizes.config.sampling.rollouts_per_batch, wanted), sizes.config.data.max_prompt_tokens
+    fed = prompt + response - 1
+    token, scores = rollouts * token_cache(sizes), 4 * rollouts * sizes.V
+    layers = len(sizes.block_sizes)
+    moments = [
+        {"KV cache": layers * token * prompt, "forward pass": rollouts * sizes.prompt_pass()},
+        # Two copies of the scores before are there still.
+        {"KV cache": layers * token * fed, "attention": _attention_copies(sizes, token * fed), "logits": 2 * scores},
+        {"KV cache": layers * token * fed, "logits": rollouts * sizes.V * sizes.item + DRAWN_COPIES * scores},
+    ]
+    return _gathered(sizes, whole=True) | max(moments, key=lambda parts: sum(parts.values()))
+
+
+def _attention_copies(sizes: Sizes, layer: int) -> int:
+    """Copies that a token's attention makes of one layer's cache of so many bytes: heads repeated where queries share
+    them, beside a mask (prompts are padded); or only the old values as the longer ones are written."""
+    shape: Any = sizes.shape
+    groups = shape.num_attention_heads // _cached_heads(sizes)
+    return layer * groups if groups > 1 and not sizes.one_row else layer // 2
 
 
 def _evaluation(sizes: Sizes, gpu_bytes: int) -> list[dict[str, int]]:
@@ -194,16 +215,20 @@ def _evaluation(sizes: Sizes, gpu_bytes: int) -> list[dict[str, int]]:
     samples = {held.samples or evaluation.samples for held in evaluation.sets.values()} | {evaluation.samples}
     wanted = max(-(-max(1, evaluation.rollouts_per_batch // n) // sizes.world_size) * n for n in samples)
     response = evaluation.max_response_tokens or config.sampling.max_response_tokens
-    drawn = _generating(sizes, gpu_bytes, wanted, config.data.max_prompt_tokens + response)
+    drawn = _generating(sizes, gpu_bytes, wanted, response)
     return [drawn, _awake(sizes, gpu_bytes) | _scoring(sizes)] if evaluation.entropy else [drawn]
 
 
 def token_cache(sizes: Sizes) -> int:
     """Bytes of one token's key and value in one layer, in the compute dtype."""
     shape: Any = sizes.shape
-    heads = getattr(shape, "num_key_value_heads", None) or shape.num_attention_heads
     width = getattr(shape, "head_dim", None) or shape.hidden_size // shape.num_attention_heads
-    return 2 * heads * width * sizes.item
+    return 2 * _cached_heads(sizes) * width * sizes.item
+
+
+def _cached_heads(sizes: Sizes) -> int:
+    shape: Any = sizes.shape
+    return getattr(shape, "num_key_value_heads", None) or shape.num_attention_heads
 
 
 def _publishing(sizes: Sizes, gpu_bytes: int) -> dict[str, int]:

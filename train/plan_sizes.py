@@ -106,11 +106,25 @@ class Sizes:
         """Bytes this rank keeps of one kind, wherever."""
         return sum(held.nbytes for held in self.held if held.kind == kind)
 
+    @property
+    def one_row(self) -> bool:
+        """Whether attention needs neither mask nor padding: all tokens of a micro-batch are in one row."""
+        return self.attention not in ("sdpa", "eager")
+
     def trace(self, checkpointing: bool | None = None) -> Trace:
         """The pass of the planned micro-batch; by default with the configured checkpointing."""
         recompute = self.config.model.gradient_checkpointing if checkpointing is None else checkpointing
+        return self._traced(recompute, (1, self.tokens) if self.one_row else (self.rows, self.length))
+
+    def prompt_pass(self) -> int:
+        """Bytes that one of the longest prompts takes in a forward pass, its mask included; n prompts together take n
+        times as much."""
+        length = self.config.data.max_prompt_tokens
+        return self._traced(False, (1, length)).score + (0 if self.one_row else length**2)
+
+    def _traced(self, recompute: bool, size: tuple[int, int]) -> Trace:
+        """The pass of so many rows of so many tokens."""
         kind = {"sdpa": MASKED, "eager": "eager"}.get(self.attention, VARLEN)
-        size = (1, self.tokens) if kind == VARLEN else (self.rows, self.length)
         key = (*self._key, self.dtype, kind, recompute, size)
         if key not in self.known.traces:
             model = self._build()

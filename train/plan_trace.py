@@ -38,11 +38,10 @@ class Allocations(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **kwargs or {})
-        before = {id(leaf.untyped_storage()) for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)}
+        before = {id(_storage(leaf)) for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)}
         for leaf in tree_leaves(result):
             if isinstance(leaf, Tensor):
-                # The storage of a DTensor pretends to be of the whole.
-                storage = (leaf._local_tensor if isinstance(leaf, DTensor) else leaf).untyped_storage()
+                storage = _storage(leaf)
                 if id(storage) in before or id(storage) in self._known:  # a view, or seen before
                     continue
                 if self.device in (None, storage.device.type):
@@ -64,6 +63,11 @@ class Allocations(TorchDispatchMode):
         """Forgets the peak so far, which is returned."""
         peak, self.peak = self.peak, self.alive
         return peak
+
+
+def _storage(tensor: Tensor) -> torch.UntypedStorage:
+    """Of this rank's part: the storage of a DTensor itself pretends to be of the whole."""
+    return (tensor._local_tensor if isinstance(tensor, DTensor) else tensor).untyped_storage()
 
 
 class _FusedAttention(torch.autograd.Function):

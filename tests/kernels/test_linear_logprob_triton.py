@@ -1,7 +1,7 @@
 """What only the Triton path can get wrong: that it is taken at all, its row list, its 64-bit offsets, its determinism.
 
-Without a GPU the interpreter stands in: one test starts it in a process of its own and runs there this file and every
-test of the op. Values and gradients are in `test_linear_logprob.py` and
+Without a GPU the interpreter stands in: one test starts it in a process of its own and runs there this file, every
+test of the op, and the memory plan's of it. Values and gradients are in `test_linear_logprob.py` and
 `_edges.py`, which hold for both paths.
 """
 
@@ -24,6 +24,7 @@ needs_triton = pytest.mark.skipif(not TRITON, reason="no GPU: these run in the i
 def test_all_tests_of_the_op_under_the_interpreter():
     files = [str(Path(__file__).with_name(f"test_linear_logprob{suffix}.py")) for suffix in ("", "_edges", "_triton")]
     files += [str(Path(__file__).with_name(name)) for name in ("test_modes.py", "test_linear_policy_loss.py")]
+    files.append(str(Path(__file__).parents[1] / "train" / "test_plan_head.py"))
     result = subprocess.run(
         [sys.executable, "-P", "-m", "pytest", "-q", "-x", "-rs", *files],
         env=os.environ | {"TRITON_INTERPRET": "1"},

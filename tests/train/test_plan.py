@@ -200,7 +200,9 @@ def test_parts_by_hand():
     tokens = plan.rows * plan.length
     assert plan.activations["with"] == pytest.approx(36 * 2 * tokens * H, rel=0.15)
     sample = plan.phases[0].parts
-    assert sample["KV cache"] == 37 * 2 * 2 * 8 * 128 * 256 * (plan.length + 1)
+    layer = 2 * 2 * 8 * 128 * 256 * plan.length  # keys and values of 8 heads of 128, 256 rollouts; the last is not fed
+    assert sample["KV cache"] == 36 * layer
+    assert sample["attention"] == 4 * layer  # repeated for 32 heads of the query
     assert not plan.fits(80 * GB)
     eight = make_plan(config, 8)
     assert {part: update[part] / size for part, size in eight.phases[2].parts.items() if part == "weights"} == {
