@@ -101,6 +101,7 @@ def floors(row: Row, machine: dict[str, Any]) -> dict[str, float]:
         found["this machine"] = row.info["floor_ms"]
     if "capability" in machine and {"useful_products", "T", "H", "V", "gemm_tflops"} <= set(row.info):
         operations = row.info["useful_products"] * 2 * row.info["T"] * row.info["H"] * row.info["V"]
+        operations = row.info.get("useful_operations", operations)  # of a whole model there are more
         moved = row.info.get("moved_bytes", 0)
         found["H100"] = max(1e-9 * operations / row.info["gemm_tflops"], 1e3 * moved / H100_BYTES_PER_S)
     return found

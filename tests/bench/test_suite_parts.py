@@ -80,7 +80,7 @@ def test_the_truth_of_every_job_is_that_of_the_fp64_reference(name):
 @pytest.mark.parametrize("name", sorted(ALWAYS))
 def test_every_rival_that_needs_no_gpu_agrees_with_fp64_on_every_job(name):
     rival = RIVALS[name]
-    assert rival.why_not(SHAPE.H, SHAPE.V, "cpu") is None, "install the extra `bench`"
+    assert rival.why_not(SHAPE, "cpu") is None, "install the extra `bench`"
     done = [job_name for job_name in JOBS if rival.does(job_name, JOBS[job_name])]
     assert done
     for job_name in done if name != "torch_compile" else ["statistics"]:  # each further job is compiled for seconds
@@ -129,9 +129,9 @@ def test_a_rival_that_is_wrong_is_refused_by_name_and_number():
 
 
 def test_restrictions_are_reasons():
-    assert RIVALS["cce"].why_not(64, 600, "cpu") in ("cut_cross_entropy is not installed", "it has no path on a CPU")
+    assert RIVALS["cce"].why_not(SHAPE, "cpu") in ("cut_cross_entropy is not installed", "it has no path on a CPU")
     narrow = dataclasses.replace(RIVALS["trl_chunked"], hidden_multiple=128, vocab_multiple=8)
-    assert narrow.why_not(64, 600, "cpu") == "it wants H a multiple of 128 and V of 8"
+    assert narrow.why_not(SHAPE, "cpu") == "it wants H a multiple of 128 and V of 8"
     assert not RIVALS["trl_chunked"].does("row_temperature", JOBS["row_temperature"])
     assert not RIVALS["quack"].does("both", JOBS["both"])
     assert not RIVALS["entrocraft_cache"].does("statistics", JOBS["statistics"])
