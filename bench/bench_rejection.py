@@ -4,8 +4,8 @@
 
 There is no rival: no other trainer predicts what a rollout does to the entropy. Milliseconds here stand beside the
 seconds of an update. Checked first, at R = 64: what `none`, `hard`, `first_order` and `budget` keep, against a decision
-computed in fp64 by automatic differentiation of the entropy. `soft` draws: of it, and of the larger step, that the counts
-are right.
+computed in fp64 by automatic differentiation of the entropy. Of `soft`, which draws, and of the larger step only the
+counts are checked.
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ import importlib.util
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from suite_cases import Job, Operands, Shape
@@ -145,14 +145,15 @@ def run(rival: Rival, operands: Operands, job: Job) -> tuple[Answer, tuple[Tenso
     return answer, torch.autograd.grad(total, leaves(operands))
 
 
-def _ours(operands: Operands, job: Job, *, cache_bytes: int = 0) -> Answer:
+def ours(operands: Operands, job: Job, **options: Any) -> Answer:
+    """This project's op, with options of `linear_logprob_entropy`."""
     case, temperature_T = operands
     stats = linear_logprob_entropy(
         *case[:3],
         temperature=1.0 if temperature_T is None else temperature_T,
-        cache_bytes=cache_bytes,
         entropy_gradient=job.entropy,
         ignore_index=None,
+        **options,
     )
     return Answer(stats.logprob_T, stats.entropy_T)
 
@@ -208,11 +209,11 @@ def _torch_linear(operands: Operands, job: Job) -> Answer:
 
 OURS = (
     Rival(
-        name="entrocraft", call=_ours, settings="defaults: nothing kept, buffers of 256 MiB", skips_rows=True,
+        name="entrocraft", call=ours, settings="defaults: nothing kept, buffers of 256 MiB", skips_rows=True,
         logprob_error=1e-5, gradient_error=1e-2,
     ),
     Rival(
-        name="entrocraft_cache", call=functools.partial(_ours, cache_bytes=KEEP_ALL), recomputes=False,
+        name="entrocraft_cache", call=functools.partial(ours, cache_bytes=KEEP_ALL), recomputes=False,
         settings="cache_bytes without bound: bf16 exponentials kept, or a frozen head's factors", skips_rows=True,
         jobs=frozenset({"logprob", "both", "frozen", "half_zero"}), logprob_error=1e-5, gradient_error=1e-2,
     ),
