@@ -61,6 +61,7 @@ def test_a_section_that_fails_is_named_and_the_others_go_on(tmp_path):
     assert found["repeatability"]["recompute"]
 
 
+@pytest.mark.slow
 def test_the_comparison_checks_every_contender_and_takes_turns(tmp_path):
     out = tmp_path / "head.json"
     run = _run("compare_head_cpu.py", "--T", 80, "--H", 64, "--V", 3000, "--repeats", 3, "--out", out)
@@ -88,6 +89,7 @@ def test_the_comparison_checks_every_contender_and_takes_turns(tmp_path):
     assert "log p error" in run.stdout
 
 
+@pytest.mark.slow
 def test_a_contender_that_is_wrong_or_dies_is_told_and_not_quoted(monkeypatch):
     monkeypatch.setattr(compare_head_cpu, "NAMES", ("entrocraft", "eager_bf16"))
     monkeypatch.setattr(compare_head_cpu, "bounds", lambda rival: {"logprob_mean": 1e-4})

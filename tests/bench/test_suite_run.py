@@ -137,7 +137,7 @@ def test_the_other_benchmarks_run_and_nobody_is_left_out(tmp_path):
     for (group, _), one in found.items():
         info = one["extra_info"]
         assert has.get(group, set()) <= set(info), group
-        assert info.get("floor_ms", 0.0) < 1e3 * one["stats"]["median"], group
+        assert all(info[name] > 0 for name in has.get(group, set())), group
     for (group, rival), one in found.items():
         assert one["stats"]["rounds"] == 2, (group, rival)
         assert all(0 <= error < 1 for error in one["extra_info"]["errors"].values()), (group, rival)
