@@ -7,7 +7,7 @@ hidden states and weight (peaked: mean entropy 0.3 to 1.5 nats, mean top logit 1
 peak), and the gradients of both, each in a process of its own. They take turns, round by round, one working while the
 others wait; seconds are medians of rounds, after a call at a small size. Memory is the peak of the resident set in the
 first round above what stands before it, less the gradients. Errors are against fp64, on 64 rows and 32 columns of the
-weight. Contenders from verl and TRL are measured where those packages are installed. All stay loaded until the end, about
+weight. Contenders from verl and TRL are measured where those packages are installed. All stay loaded to the end: some
 10 GiB at the default size. Times on shared cores are worth their ratios within a run.
 """
 
