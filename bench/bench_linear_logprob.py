@@ -12,14 +12,14 @@ from __future__ import annotations
 
 import functools
 import statistics
-from collections.abc import Callable
 from typing import Any
 
 import pytest
 from rivals import ALWAYS, Rival, all_rivals, run
-from suite_cases import JOBS, Shape, make_operands, shapes
+from suite_cases import JOBS, Job, Shape, make_operands, shapes
 from suite_contest import CLOCK, Contender, Measured, compete, record
 from suite_errors import Truth, bounds
+from suite_rates import Work, derived
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -48,7 +48,7 @@ def bench_linear_logprob(
     """One contender's rounds, measured beside all others of its group."""
     config: Any = request.config
     device = config.getoption("device")
-    reason = contender.why_not(shape.H, shape.V, device)
+    reason = contender.why_not(shape, device)
     if reason is not None:
         (pytest.fail if device == "cpu" and contender.name in ALWAYS else pytest.skip)(f"{contender.name}: {reason}")
     wanted = config.getoption("rivals")
@@ -58,7 +58,9 @@ def bench_linear_logprob(
     benchmark.group = f"{head} T={shape.T} V={shape.V} {job_name} {data}"
     info = {"head": head, **shape._asdict(), "job": job_name, "data": data}
     if isinstance(found, Measured):
-        info |= derived(shape, job_name, contender, found, rates[shape])
+        job = JOBS[job_name]
+        work = Work(shape.product_operations(), job.useful_products(), contender.products(job), moved(shape, job))
+        info |= {"version": contender.version()} | derived(work, statistics.median(found.seconds), rates[shape])
     record(benchmark, found, **info)
 
 
@@ -78,40 +80,11 @@ def group(
             bounds(rival),
         )
         for rival in all_rivals()
-        if rival.does(job_name, job)
-        and not rival.why_not(shape.H, shape.V, device)
-        and (names is None or rival.name in names)
+        if rival.does(job_name, job) and not rival.why_not(shape, device) and (names is None or rival.name in names)
     }
     return compete(field, device, rounds)
 
 
-def _errors(truth: Truth) -> Callable[[Any], dict[str, float]]:
-    return lambda made: truth.errors(*made)
-
-
-def derived(
-    shape: Shape, job_name: str, rival: Rival, found: Measured, rate: dict[str, float]
-) -> dict[str, float | str]:
-    """Rates from the median: useful and executed TFLOP/s, the share of this machine's own product rate, GB/s.
-
-    GB/s counts what must move: hidden and weight read once, their gradients written once. The floor is the larger of
-    the useful products at the machine's rate and those bytes at the rate of its copies.
-    """
-    job, seconds = JOBS[job_name], statistics.median(found.seconds)
-    product = shape.product_operations()
-    moved = shape.operand_bytes()
-    moved += {0: 0, 1: 2 * shape.T * shape.H, 2: shape.operand_bytes()}[job.gradients]
-    executed = 1e-12 * rival.products(job) * product / seconds
-    return {
-        "version": rival.version(),
-        "useful_tflops": 1e-12 * job.useful_products() * product / seconds,
-        "executed_tflops": executed,
-        "executed_products": rival.products(job),
-        "useful_products": job.useful_products(),
-        "share_of_gemm": executed / rate["gemm_tflops"],
-        "gbs": 1e-9 * moved / seconds,
-        "moved_bytes": moved,
-        "floor_ms": 1e3
-        * max(1e-12 * job.useful_products() * product / rate["gemm_tflops"], 1e-9 * moved / rate["copy_gbs"]),
-        **rate,
-    }
+def moved(shape: Shape, job: Job) -> int:
+    """Bytes that must move: hidden and weight read once, their gradients written once."""
+    return shape.operand_bytes() + (0, 2 * shape.T * shape.H, shape.operand_bytes())[job.gradients]

@@ -2,8 +2,8 @@
 
     pytest bench/bench_logits_logprob.py [--heads qwen3_4b --tokens 2048]
 
-Forward and backward of both. Bytes that must move: the logits read once forward and once backward, their gradient
-written once.
+Forward and backward, of both and, as flash-attention's cross entropy gives no entropy, of the log-probability alone.
+Bytes that must move: the logits read once forward and once backward, their gradient written once.
 """
 
 from __future__ import annotations
@@ -12,12 +12,12 @@ import functools
 import importlib.util
 import statistics
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
 from head_cases import relative_error
-from rivals import load
+from rivals import Answer, load
 from suite_cases import JOBS, Shape, make_operands, shapes
 from suite_contest import CLOCK, Contender, Measured, compete, record
 from suite_errors import value_errors
@@ -25,39 +25,70 @@ from torch import Tensor
 
 from entrocraft.kernels import logits_logprob_entropy, logits_logprob_entropy_reference
 
-Call = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
-
-def _ours(logit_TV: Tensor, target_T: Tensor) -> tuple[Tensor, Tensor]:
+def _ours(logit_TV: Tensor, target_T: Tensor, entropy: bool) -> Answer:
     stats = logits_logprob_entropy(logit_TV, target_T, ignore_index=None)
-    return stats.logprob_T, stats.entropy_T
+    return Answer(stats.logprob_T, stats.entropy_T if entropy else None)
 
 
-def _eager(logit_TV: Tensor, target_T: Tensor) -> tuple[Tensor, Tensor]:
+def _eager(logit_TV: Tensor, target_T: Tensor, entropy: bool) -> Answer:
     logp_TV = logit_TV.float().log_softmax(1)
-    return logp_TV.gather(1, target_T[:, None])[:, 0], -(logp_TV.exp() * logp_TV).sum(1)
+    logprob_T = logp_TV.gather(1, target_T[:, None])[:, 0]
+    return Answer(logprob_T, -(logp_TV.exp() * logp_TV).sum(1) if entropy else None)
 
 
 @functools.cache
-def _compiled() -> Call:
+def _compiled() -> Callable[[Tensor, Tensor, bool], Answer]:
     return torch.compile(_eager, dynamic=False)
 
 
-def _trl(logit_TV: Tensor, target_T: Tensor) -> tuple[Tensor, Tensor]:
-    both: Any = load("trl.kernels:selective_log_softmax_and_entropy")
-    if logit_TV.device.type == "cuda":
-        return both(logit_TV, target_T)
+def _trl(logit_TV: Tensor, target_T: Tensor, entropy: bool) -> Answer:
+    if logit_TV.device.type == "cuda" and entropy:
+        both: Any = load("trl.kernels:selective_log_softmax_and_entropy")
+        return Answer(*both(logit_TV, target_T))
     one: Any = load("trl.trainer.utils:selective_log_softmax")
-    entropy: Any = load("trl.trainer.utils:entropy_from_logits")
-    return one(logit_TV, target_T), entropy(logit_TV)
+    other: Any = load("trl.trainer.utils:entropy_from_logits")
+    return Answer(one(logit_TV, target_T), other(logit_TV) if entropy else None)
 
 
-CALLS: dict[str, tuple[Call, str, str | None, float]] = {  # call, settings, package, bound of the mean error
-    "entrocraft": (_ours, "defaults", None, 1e-5),
-    "eager": (_eager, "fp32 log_softmax of the logits", None, 1e-5),
-    "torch_compile": (lambda *a: _compiled()(*a), "torch.compile(dynamic=False) of eager", None, 1e-5),
-    "trl": (_trl, "its fused kernel on a GPU; selective_log_softmax and entropy_from_logits on a CPU", "trl", 0.2),
-}
+def _flash(logit_TV: Tensor, target_T: Tensor, entropy: bool) -> Answer:
+    function: Any = load("flash_attn.ops.triton.cross_entropy:cross_entropy_loss")
+    return Answer(-function(logit_TV, target_T)[0])
+
+
+class Call(NamedTuple):
+    """One way to the same statistics."""
+
+    make: Callable[[Tensor, Tensor, bool], Answer]
+    settings: str
+    package: str | None
+    error: float
+    """Most of the mean error, nats."""
+    jobs: tuple[str, ...] = ("both", "logprob")
+    gpu: bool = False
+    """It has no path on a CPU."""
+
+    def why_not(self, device: str) -> str | None:
+        """The reason why it does not run here; None if it does."""
+        if self.package is not None and importlib.util.find_spec(self.package) is None:
+            return f"{self.package} is not installed"
+        return "it has no path on a CPU" if self.gpu and device != "cuda" else None
+
+
+CALLS = {
+    "entrocraft": Call(_ours, "defaults", None, 1e-5),
+    "eager": Call(_eager, "fp32 log_softmax of the logits", None, 1e-5),
+    "torch_compile": Call(
+        lambda *given: _compiled()(*given), "torch.compile(dynamic=False) of eager", None, 1e-5, ("both",)
+    ),
+    "trl": Call(
+        _trl, "its fused kernel on a GPU; selective_log_softmax and entropy_from_logits on a CPU or without entropy",
+        "trl", 0.2,
+    ),
+    "flash_attn_ce": Call(
+        _flash, "its Triton cross entropy, the logits left as they are", "flash_attn", 1e-5, ("logprob",), True
+    ),
+}  # fmt: skip
 
 
 def _case(shape: Shape, device: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -68,54 +99,71 @@ def _case(shape: Shape, device: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 
 @functools.lru_cache(maxsize=1)
-def group(shape: Shape, device: str, rounds: int) -> dict[str, Measured | str]:
-    """All contenders that are installed, on one set of bf16 logits."""
+def group(shape: Shape, job: str, device: str, rounds: int) -> dict[str, Measured | str]:
+    """All contenders that run here, on one set of bf16 logits."""
     logit_TV, target_T, up_T, of_entropy_T = _case(shape, device)
-    rows = slice(0, 64)
+    rows, entropy = slice(0, 64), job == "both"
+
+    def total(answer: Answer, some: slice) -> Tensor:
+        assert answer.logprob_T is not None
+        share = (up_T[some] * answer.logprob_T.float()).sum()
+        return share if answer.entropy_T is None else share + (of_entropy_T[some] * answer.entropy_T.float()).sum()
+
     exact_NV = logit_TV.detach()[rows].double().requires_grad_()
-    exact = logits_logprob_entropy_reference(exact_NV, target_T[rows])
-    total = (up_T[rows] * exact.logprob_T).sum() + (of_entropy_T[rows] * exact.entropy_T).sum()
-    (exact_grad_NV,) = torch.autograd.grad(total, exact_NV)
+    stats = logits_logprob_entropy_reference(exact_NV, target_T[rows])
+    summed = (up_T[rows] * stats.logprob_T).sum()
+    summed = summed + (of_entropy_T[rows] * stats.entropy_T).sum() if entropy else summed
+    (exact_grad_NV,) = torch.autograd.grad(summed, exact_NV)
 
-    def run(call: Call) -> tuple[Tensor, Tensor, Tensor]:
-        logprob_T, entropy_T = call(logit_TV, target_T)
-        total = (up_T * logprob_T.float()).sum() + (of_entropy_T * entropy_T.float()).sum()
-        return logprob_T, entropy_T, torch.autograd.grad(total, logit_TV)[0]
+    def run(call: Call) -> tuple[Answer, Tensor]:
+        answer = call.make(logit_TV, target_T, entropy)
+        (grad_TV,) = torch.autograd.grad(total(answer, slice(None)), logit_TV)
+        return Answer(*(None if value is None else value.detach() for value in answer)), grad_TV
 
-    def errors(made: tuple[Tensor, Tensor, Tensor]) -> dict[str, float]:
-        logprob_N, entropy_N, grad_NV = (value.detach()[rows] for value in made)
-        found = value_errors(logprob_N, exact.logprob_T, entropy_N, exact.entropy_T)
-        return found | {"logits_grad": relative_error(grad_NV, exact_grad_NV)}
+    def errors(made: tuple[Answer, Tensor]) -> dict[str, float]:
+        (logprob_T, entropy_T, _), grad_TV = made
+        assert logprob_T is not None
+        found = value_errors("logprob", logprob_T[rows], stats.logprob_T)
+        found |= value_errors("entropy", entropy_T[rows], stats.entropy_T) if entropy_T is not None else {}
+        return found | {"logits_grad": relative_error(grad_TV[rows], exact_grad_NV)}
 
-    field = {}
-    for name, (call, settings, package, bound) in CALLS.items():
-        if package is None or importlib.util.find_spec(package):
-            limits = {"logprob_mean": bound, "entropy_mean": bound, "logits_grad": 1e-2 if bound < 0.1 else 0.2}
-            field[name] = Contender(functools.partial(run, call), settings, errors, limits)
+    def contender(call: Call) -> Contender:
+        gradient = 1e-2 if call.error < 0.1 else 0.2
+        limits = {"logprob_mean": call.error, "entropy_mean": call.error, "logits_grad": gradient}
+        return Contender(functools.partial(run, call), call.settings, errors, limits)
+
+    field = {name: contender(call) for name, call in CALLS.items() if job in call.jobs and not call.why_not(device)}
     return compete(field, device, rounds)
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """A benchmark for each head, T and contender."""
+    """A benchmark for each head, T, job and contender."""
     config: Any = metafunc.config
     sizes = shapes(*map(config.getoption, ("heads", "tokens", "vocab")))
-    cases = [(head, shape, name) for head, shape in sizes for name in CALLS]
-    ids = [f"{head}-T{shape.T}-V{shape.V}-{name}" for head, shape, name in cases]
-    metafunc.parametrize(("head", "shape", "name"), cases, ids=ids)
+    cases = [
+        (head, shape, job, name)
+        for head, shape in sizes
+        for job in ("both", "logprob")
+        for name, call in CALLS.items()
+        if job in call.jobs
+    ]
+    ids = [f"{head}-T{shape.T}-V{shape.V}-{job}-{name}" for head, shape, job, name in cases]
+    metafunc.parametrize(("head", "shape", "job", "name"), cases, ids=ids)
 
 
 @pytest.mark.benchmark(timer=CLOCK)
 def bench_logits_logprob(
-    request: pytest.FixtureRequest, benchmark: Any, rates: Any, head: str, shape: Shape, name: str
+    request: pytest.FixtureRequest, benchmark: Any, rates: Any, head: str, shape: Shape, job: str, name: str
 ) -> None:
-    """Forward and backward of log-probability and entropy, from bf16 logits."""
+    """Forward and backward from bf16 logits."""
     config: Any = request.config
     device = config.getoption("device")
-    found = group(shape, device, 1 if benchmark.disabled else config.getoption("bench_rounds"))
-    if name not in found:
-        (pytest.fail if device == "cpu" else pytest.skip)(f"{CALLS[name][2]} is not installed")
-    benchmark.group = f"logits {head} T={shape.T} V={shape.V}"
-    info: dict[str, Any] = {"head": head, **shape._asdict(), "job": "logits", "data": "peaked"}
+    reason = CALLS[name].why_not(device)
+    if reason is not None:
+        (pytest.skip if CALLS[name].gpu or device == "cuda" else pytest.fail)(f"{name}: {reason}")
+    found = group(shape, job, device, 1 if benchmark.disabled else config.getoption("bench_rounds"))
+    benchmark.group = f"logits {head} T={shape.T} V={shape.V} {job}"
+    info: dict[str, Any] = {"head": head, **shape._asdict(), "job": f"logits {job}", "data": "peaked"}
     moved = 3 * 2 * shape.T * shape.V
     if isinstance(measured := found[name], Measured):
         info |= {"gbs": 1e-9 * moved / statistics.median(measured.seconds), "moved_bytes": moved}

@@ -3,7 +3,8 @@
     pytest bench/bench_scoring.py [--heads qwen3_4b --tokens 8192]
 
 A Qwen3 of two layers with random weights and the head that is asked for, in bf16; sequences of 128 tokens, all of which
-are scored. Ours asks the model for hidden states and also gives the collision sums that the controller needs.
+are scored; a ragged last one is padded, and its padding does not count. Ours asks the model for hidden states and also
+gives the collision sums that the controller needs.
 """
 
 from __future__ import annotations
@@ -18,9 +19,11 @@ from typing import Any
 import pytest
 import torch
 from rivals import load
+from rivals_trl import chunked_logprob, chunked_setting
 from suite_cases import Shape, shapes
 from suite_contest import CLOCK, Contender, Measured, compete, record
 from suite_errors import value_errors
+from suite_rates import Work, derived
 from torch import Tensor
 
 from entrocraft.kernels import FusedHead
@@ -40,6 +43,18 @@ def make_model(shape: Shape, device: str) -> Any:
     )  # fmt: skip
     torch.manual_seed(0)
     return transformers.Qwen3ForCausalLM(config).to(device, torch.bfloat16).eval()
+
+
+def make_batch(shape: Shape, device: str) -> tuple[Tensor, Tensor]:
+    """Sequences of 128 tokens, or one of T, the last padded with zeros; the targets of all places, packed.
+
+    Causal attention: what stands behind the T tokens does not change them.
+    """
+    length = min(SEQUENCE, shape.T)
+    input_T = torch.randint(0, shape.V, (shape.T,), device=device)
+    rows = -(-shape.T // length)
+    input_BL = torch.nn.functional.pad(input_T, (0, rows * length - shape.T)).view(rows, length)
+    return input_BL, input_BL.flatten().roll(-1)
 
 
 @functools.cache
@@ -66,17 +81,17 @@ def _trl_rows(model: Any, input_BL: Tensor, target_T: Tensor) -> tuple[Tensor, T
 
 
 def _trl_chunked(model: Any, input_BL: Tensor, target_T: Tensor) -> tuple[Tensor, Tensor]:
-    function: Any = load("trl.kernels:ChunkedLogProbFunction")
     hidden_TH = model.model(input_ids=input_BL).last_hidden_state.flatten(0, 1)
-    outputs = function.apply(hidden_TH, model.lm_head.weight, None, target_T, 1.0, 8192, None, 1.0, ("entropy",))
-    return outputs[0], outputs[1]
+    logprob_T, entropy_T = chunked_logprob(hidden_TH, model.lm_head.weight, target_T, entropy=True)
+    assert entropy_T is not None
+    return logprob_T, entropy_T
 
 
 CALLS: dict[str, tuple[Call, str, str | None, float]] = {  # call, settings, package, bound of the mean error in nats
     "entrocraft": (_ours, "FusedHead, collision sums too", None, 2e-5),
     "eager": (_logits, "the model's bf16 logits, fp32 log_softmax", None, 0.1),
     "trl_rows": (_trl_rows, "bf16 logits, selective_log_softmax and entropy_from_logits", "trl", 0.3),
-    "trl_chunked": (_trl_chunked, "ChunkedLogProbFunction, vocabulary chunk of 8,192", "trl", 0.1),
+    "trl_chunked": (_trl_chunked, chunked_setting(), "trl", 0.1),
 }
 
 
@@ -85,21 +100,21 @@ CALLS: dict[str, tuple[Call, str, str | None, float]] = {  # call, settings, pac
 def group(shape: Shape, device: str, rounds: int) -> dict[str, Measured | str]:
     """All contenders that are installed, on one model and one batch; the truth is the head in fp64 on its hidden."""
     model = make_model(shape, device)
-    length = min(SEQUENCE, shape.T)
-    input_BL = torch.randint(0, shape.V, (shape.T // length, length), device=device)
-    target_T = input_BL.flatten().roll(-1)
-    some = slice(0, 64)
+    input_BL, target_T = make_batch(shape, device)
+    some = torch.linspace(0, shape.T - 1, min(64, shape.T), device=device).long()  # the ragged end among them
     hidden_NH = model.model(input_ids=input_BL).last_hidden_state.flatten(0, 1)[some].double()
     logp_NV = (hidden_NH @ model.lm_head.weight.double().T).log_softmax(1)
     logprob_N = logp_NV.gather(1, target_T[some, None])[:, 0]
     entropy_N = -(logp_NV.exp() * logp_NV).sum(1)
 
     def errors(made: tuple[Tensor, Tensor]) -> dict[str, float]:
-        return value_errors(made[0][some], logprob_N, made[1][some], entropy_N)
+        found = value_errors("logprob", made[0][some], logprob_N)
+        return found | value_errors("entropy", made[1][some], entropy_N)
 
     def scored(call: Call) -> tuple[Tensor, Tensor]:
         with torch.no_grad():
-            return call(model, input_BL, target_T)
+            logprob_T, entropy_T = call(model, input_BL, target_T)
+        return logprob_T[: shape.T], entropy_T[: shape.T]
 
     field = {
         name: Contender(
@@ -129,12 +144,12 @@ def bench_scoring(
     device = config.getoption("device")
     found = group(shape, device, 1 if benchmark.disabled else config.getoption("bench_rounds"))
     if name not in found:
-        (pytest.fail if device == "cpu" else pytest.skip)(f"{CALLS[name][2]} is not installed")
+        (pytest.fail if device == "cpu" else pytest.skip)(f"{name}: {CALLS[name][2]} is not installed")
     benchmark.group = f"scoring {head} T={shape.T} V={shape.V}"
     info: dict[str, Any] = {"head": head, **shape._asdict(), "job": "scoring", "data": "random model"}
     if isinstance(measured := found[name], Measured):
         # Two operations a token and weight, the head's among them, for everybody; attention itself is not counted.
-        operations = 2e-12 * shape.T * weights(shape) / statistics.median(measured.seconds)
-        info |= {"useful_tflops": operations, "executed_tflops": operations}
-        info |= {"share_of_gemm": operations / rates[shape]["gemm_tflops"], **rates[shape]}
+        # Every weight is read once.
+        work = Work(2.0 * shape.T * weights(shape), 1.0, 1.0, 2 * weights(shape))
+        info |= derived(work, statistics.median(measured.seconds), rates[shape])
     record(benchmark, found[name], **info)

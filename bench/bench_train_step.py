@@ -9,10 +9,12 @@ Checked first: loss and norm of the gradient against plain fp64 torch, one rollo
 from __future__ import annotations
 
 import functools
+import statistics
 from typing import Any
 
 import pytest
 import torch
+from suite_cases import HEADS, Shape
 from suite_contest import CLOCK, Contender, Measured, compete, record
 from suite_trl_step import Size, build, make_model, make_rollouts
 
@@ -34,6 +36,16 @@ def exact_update(size: Size, device: str) -> tuple[float, float]:
         total += float(loss.detach())
     norm = torch.nn.utils.get_total_norm([value.grad for value in model.parameters()])
     return total, float(norm)
+
+
+def useful_operations(size: Size) -> float:
+    """Six a token and weight: layers for every token, the head for response tokens. Attention itself is not counted,
+    nor what padding or a recomputed head add."""
+    rollouts, _ = make_rollouts(size)
+    H, V = HEADS[size.head]
+    layers = sum(value.numel() for value in make_model(size, "cpu").parameters()) - V * H
+    response = len(rollouts.token_T)
+    return 6.0 * (layers * (response + size.rollouts * size.prompt) + V * H * response)
 
 
 @functools.lru_cache(maxsize=1)
@@ -62,7 +74,7 @@ def _known(errors: dict[str, float], made: None) -> dict[str, float]:
 
 @pytest.mark.benchmark(timer=CLOCK)
 @pytest.mark.parametrize("name", ["entrocraft", "trl"])
-def bench_train_step(request: pytest.FixtureRequest, benchmark: Any, name: str) -> None:
+def bench_train_step(request: pytest.FixtureRequest, benchmark: Any, rates: Any, name: str) -> None:
     """One update of eight rollouts: forward, backward, clipping, AdamW."""
     config: Any = request.config
     device = config.getoption("device")
@@ -71,4 +83,10 @@ def bench_train_step(request: pytest.FixtureRequest, benchmark: Any, name: str) 
         pytest.importorskip("trl")
     found = group(device, 1 if benchmark.disabled else config.getoption("bench_rounds"))
     benchmark.group = "train step"
-    record(benchmark, found[name], job="train_step", data="random model", repeats=None, **SIZE._asdict())
+    info: dict[str, Any] = {"job": "train_step", "data": "random model", "repeats": None, **SIZE._asdict()}
+    if isinstance(measured := found[name], Measured):
+        H, V = HEADS[SIZE.head]
+        rate, operations = rates[Shape(SIZE.rollouts * SIZE.response, H, V)], 1e-12 * useful_operations(SIZE)
+        info |= {"useful_tflops": operations / statistics.median(measured.seconds), **rate}
+        info |= {"floor_ms": 1e3 * operations / rate["gemm_tflops"]}
+    record(benchmark, found[name], **info)

@@ -1,91 +1,51 @@
-"""The head on a CPU against what trainers do: time and memory of forward plus backward, in one run.
+"""The head on a CPU against what trainers do: time, memory and errors of forward plus backward, in one run.
 
-    python bench/compare_head_cpu.py [--T 1024 --H 1024 --V 151936 --repeats 2] [--out bench/results/head_cpu.json]
+    python bench/compare_head_cpu.py [--T 1024 --H 1024 --V 151936 --repeats 3] [--out bench/results/head_cpu.json]
 
 Every contender computes the log-probability of a target and the entropy over the whole vocabulary from the same bf16
-hidden states and weight, and the gradients of both, each in a process of its own, one after the other. Memory is the
-peak of the resident set above what stands before the call, less the gradients. Contenders from verl and TRL are
-measured where those packages are installed. Times on shared cores are worth their ratios within a run.
+hidden states and weight (peaked: mean entropy 0.3 to 1.5 nats, mean top logit 18 to 30, half of the targets not the
+peak), and the gradients of both, each in a process of its own. They take turns, round by round, one working while the
+others wait; seconds are medians of rounds, after a call at a small size. Memory is the peak of the resident set in the
+first round above what stands before it, less the gradients. Errors are against fp64, on 64 rows and 32 columns of the
+weight. Contenders from verl and TRL are measured where those packages are installed. All stay loaded to the end: some
+10 GiB at the default size. Times on shared cores are worth their ratios within a run.
 """
 
 from __future__ import annotations
 
 import argparse
-import importlib.metadata
-import importlib.util
+import contextlib
+import dataclasses
+import functools
 import json
-import os
-import platform
 import re
-import statistics
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from rivals import Rival, all_rivals, ours, run
+from suite_cases import JOBS, Operands, Shape, make_operands
+from suite_contest import complaint
+from suite_errors import Truth, bounds
+from suite_machine import machine
 
-Run = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
-MIB = 1 << 20
+from entrocraft.train.bench_table import as_text, load_results
 
-
-def entrocraft(hidden_TH: Tensor, weight_VH: Tensor, target_T: Tensor, **options: Any) -> tuple[Tensor, Tensor]:
-    """This project's op."""
-    from entrocraft.kernels import linear_logprob_entropy
-
-    stats = linear_logprob_entropy(hidden_TH, weight_VH, target_T, **options)
-    return stats.logprob_T, stats.entropy_T
+JOB = JOBS["both"]
+NAMES = ("entrocraft", "entrocraft_cache", "eager_fp32", "eager_bf16", "verl_torch", "trl_chunked")
 
 
-def entrocraft_cache(hidden_TH: Tensor, weight_VH: Tensor, target_T: Tensor) -> tuple[Tensor, Tensor]:
-    """The same with bf16 exponentials kept: three products for four."""
-    return entrocraft(hidden_TH, weight_VH, target_T, mode="cache", cache_bytes=1 << 40, buffer_bytes=64 << 20)
-
-
-def eager_fp32(hidden_TH: Tensor, weight_VH: Tensor, target_T: Tensor) -> tuple[Tensor, Tensor]:
-    """fp32 logits, and statistics kept whole."""
-    return _statistics(hidden_TH.float() @ weight_VH.float().T, target_T)
-
-
-def eager_bf16(hidden_TH: Tensor, weight_VH: Tensor, target_T: Tensor) -> tuple[Tensor, Tensor]:
-    """bf16 logits, as a model gives them, and fp32 statistics."""
-    return _statistics((hidden_TH @ weight_VH.T).float(), target_T)
-
-
-def _statistics(logit_TV: Tensor, target_T: Tensor) -> tuple[Tensor, Tensor]:
-    logp_TV = logit_TV.log_softmax(1)
-    return logp_TV.gather(1, target_T[:, None])[:, 0], -(logp_TV.exp() * logp_TV).sum(1)
-
-
-def verl_torch(hidden_TH: Tensor, weight_VH: Tensor, target_T: Tensor) -> tuple[Tensor, Tensor]:
-    """verl's chunked torch path; its file alone, since the package as a whole wants Ray."""
-    root = importlib.util.find_spec("verl")
-    if root is None or not root.submodule_search_locations:
-        raise ModuleNotFoundError("No module named 'verl'")
-    path = Path(root.submodule_search_locations[0]) / "utils" / "experimental" / "torch_functional.py"
-    spec = importlib.util.spec_from_file_location("verl_torch_functional", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    logprob_T, entropy_T = module.FusedLinearForPPO()(hidden_TH, weight_VH, target_T)
-    return logprob_T, entropy_T.float()
-
-
-def trl_chunked(hidden_TH: Tensor, weight_VH: Tensor, target_T: Tensor) -> tuple[Tensor, Tensor]:
-    """TRL's chunked op, with the chunk of its trainers."""
-    from trl.kernels import ChunkedLogProbFunction  # pyright: ignore[reportMissingImports]
-
-    outputs = ChunkedLogProbFunction.apply(hidden_TH, weight_VH, None, target_T, 1.0, 8192, None, 1.0, ("entropy",))
-    return outputs[0], outputs[1]
-
-
-CONTENDERS: dict[str, Run] = {
-    run.__name__: run for run in (entrocraft, entrocraft_cache, eager_fp32, eager_bf16, verl_torch, trl_chunked)
-}
+def contenders() -> dict[str, Rival]:
+    """Those of the suite, with smaller buffers for the cache, which then holds most of what it takes."""
+    found = {rival.name: rival for rival in all_rivals()}
+    cache = functools.partial(ours, mode="cache", cache_bytes=1 << 40, buffer_bytes=64 << 20)
+    settings = "mode cache: bf16 exponentials kept, buffers of 64 MiB"
+    found["entrocraft_cache"] = dataclasses.replace(found["entrocraft_cache"], call=cache, settings=settings)
+    return {name: found[name] for name in NAMES}
 
 
 def _resident(field: str) -> int:
@@ -95,99 +55,110 @@ def _resident(field: str) -> int:
     return int(found[1]) * 1024
 
 
-def operands(T: int, V: int, H: int) -> tuple[Tensor, Tensor, Tensor]:
-    """The same rows in every process: bf16, peaked like a language model's."""
-    generator = torch.Generator().manual_seed(0)
-    weight_VH = torch.empty(V, H, dtype=torch.bfloat16).normal_(std=H**-0.5, generator=generator)
-    target_T = torch.randint(0, V, (T,), generator=generator)
-    hidden_TH = (20 * weight_VH[target_T].float() + 1.8 * torch.randn(T, H, generator=generator)).bfloat16()
-    return hidden_TH.requires_grad_(), weight_VH.requires_grad_(), target_T
+def work(name: str, folder: Path) -> None:
+    """A contender's process: a round for every line that comes in, told as it ends; errors when no more come."""
+    rival = contenders()[name]
+    run(rival, make_operands(Shape(64, 64, 512), JOB, "peaked", device="cpu"), JOB)  # thread pools are there
+    operands: Operands = torch.load(folder / "operands.pt", weights_only=False)
+    made: Any = None
+    print("ready", flush=True)
+    for _ in sys.stdin:
+        made = None
+        before, started = _resident("VmRSS"), time.perf_counter()
+        made = run(rival, operands, JOB)
+        seconds = time.perf_counter() - started
+        transient = _resident("VmHWM") - before - sum(gradient.nbytes for gradient in made[1])
+        print(json.dumps({"seconds": seconds, "transient_bytes": transient}), flush=True)
+    truth: Truth = torch.load(folder / "truth.pt", weights_only=False)
+    print(json.dumps({"errors": truth.errors(*made), "settings": rival.settings}), flush=True)
 
 
-def measure(name: str, T: int, V: int, H: int, repeats: int) -> dict[str, Any]:
-    """Seconds of each repeat, peak bytes of the first, and the mean statistics, by which contenders are compared."""
-    run = CONTENDERS[name]
-    small = operands(64, 512, 64)
-    torch.stack(run(*small)).sum().backward()  # thread pools and libraries are there before memory counts
-    hidden_TH, weight_VH, target_T = operands(T, V, H)
-    before, seconds, transient = _resident("VmRSS"), [], 0
-    logprob_T = entropy_T = torch.zeros(0)
-    for repeat in range(repeats):
-        hidden_TH.grad = weight_VH.grad = None
-        start = time.perf_counter()
-        logprob_T, entropy_T = run(hidden_TH, weight_VH, target_T)
-        (logprob_T.mean() + 0.01 * entropy_T.mean()).backward()
-        seconds.append(time.perf_counter() - start)
-        if repeat == 0:
-            gradients = [leaf.grad.nbytes for leaf in (hidden_TH, weight_VH) if leaf.grad is not None]
-            transient = _resident("VmHWM") - before - sum(gradients)
-    return {
-        "seconds": seconds,
-        "transient_bytes": transient,
-        "mean_logprob": float(logprob_T.detach().double().mean()),
-        "mean_entropy": float(entropy_T.detach().double().mean()),
-    }
+class Worker:
+    """The process of one contender, as its parent sees it."""
+
+    def __init__(self, name: str, folder: Path) -> None:
+        command = [sys.executable, str(Path(__file__).resolve()), "--only", name, "--folder", str(folder)]
+        self.name, self._said = name, folder / f"{name}.log"
+        self.rounds: list[dict[str, Any]] = []
+        with self._said.open("w") as log:
+            self._process = subprocess.Popen(
+                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True
+            )
+        self.alive = self._line() is not None  # the next is not begun before this one waits
+
+    def _line(self) -> str | None:
+        """The next line that it says, past what a library prints; None if it ended."""
+        assert self._process.stdout is not None
+        for line in self._process.stdout:
+            if line.startswith(("{", "ready")):
+                return line
+        return None
+
+    def round(self) -> None:
+        """One more; nothing for one that failed."""
+        if self.alive:
+            assert self._process.stdin is not None
+            with contextlib.suppress(BrokenPipeError):  # it ended while it waited: it says no more
+                self._process.stdin.write("\n")
+                self._process.stdin.flush()
+            line = self._line()
+            self.alive = line is not None
+            self.rounds += [json.loads(line)] if line is not None else []
+
+    def result(self) -> dict[str, Any]:
+        """What came out, or {"skipped": why not}: it failed, or its answer is wrong."""
+        line = self._process.communicate()[0].strip().rpartition("\n")[2]
+        if not line.startswith("{"):
+            said = self._said.read_text().strip().splitlines() or ["killed: out of memory, most likely"]
+            return {"skipped": said[-1]}
+        told = json.loads(line)
+        wrong = complaint(self.name, told["errors"], bounds(contenders()[self.name]))
+        if wrong is not None:
+            return {"skipped": wrong, **told}
+        seconds = [one["seconds"] for one in self.rounds]
+        return {"seconds": seconds, "transient_bytes": self.rounds[0]["transient_bytes"], **told}
 
 
-def machine() -> dict[str, Any]:
-    """Where the numbers come from."""
-    info = Path("/proc/cpuinfo").read_text()
-    model = re.search(r"model name\s*:\s*(.+)", info)
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True, check=False
-    )
-    versions = {}
-    for package in ("torch", "numpy", "verl", "trl"):
-        try:
-            versions[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    cpu = model[1] if model else platform.processor()
-    return {"cpu": cpu, "cores": os.cpu_count(), "versions": versions, "commit": commit.stdout.strip()}
-
-
-def table(results: dict[str, Any], baseline: str = "eager_fp32") -> str:
-    """Seconds, memory, and both as a multiple of the baseline's."""
-    lines = [f"{'':18}{'seconds':>9}{'ratio':>8}{'MiB':>8}{'ratio':>8}  mean logprob, entropy"]
-    there = results.get(baseline, {})
-    for name, one in results.items():
-        if "skipped" in one:
-            lines.append(f"{name:18}not measured: {one['skipped']}")
-            continue
-        seconds, size = statistics.median(one["seconds"]), one["transient_bytes"] / MIB
-        ratios = ("", "")
-        if "seconds" in there:
-            faster = seconds / statistics.median(there["seconds"])
-            ratios = f"{faster:.2f}", f"{one['transient_bytes'] / there['transient_bytes']:.3f}"
-        means = f"{one['mean_logprob']:.5f}, {one['mean_entropy']:.5f}"
-        lines.append(f"{name:18}{seconds:9.2f}{ratios[0]:>8}{size:8.0f}{ratios[1]:>8}  {means}")
-    return "\n".join(lines)
+def compare(shape: Shape, repeats: int) -> dict[str, dict[str, Any]]:
+    """Every contender: seconds of each round, transient bytes, errors, settings; or {"skipped": reason}."""
+    with tempfile.TemporaryDirectory() as there:
+        folder = Path(there)
+        operands = make_operands(shape, JOB, "peaked", device="cpu", dtype=torch.bfloat16)
+        torch.save(Truth(operands, JOB), folder / "truth.pt")
+        torch.save(operands, folder / "operands.pt")  # made in a worker, they would stand in its peak
+        del operands
+        reasons = {name: rival.why_not(shape, "cpu") for name, rival in contenders().items()}
+        workers = [Worker(name, folder) for name, reason in reasons.items() if reason is None]
+        for number in range(repeats):
+            for worker in workers[number % len(workers) :] + workers[: number % len(workers)]:
+                print(f"round {number + 1} of {repeats}: {worker.name} ...", file=sys.stderr, flush=True)
+                worker.round()
+        found = {name: {"skipped": reason} for name, reason in reasons.items() if reason is not None}
+        return found | {worker.name: worker.result() for worker in workers}
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Measure every contender, each in its own process."""
+    """Measure every contender, each in its own process; 1 if one of them is wrong."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for name, value in (("T", 1024), ("H", 1024), ("V", 151_936), ("repeats", 2)):
+    for name, value in (("T", 1024), ("H", 1024), ("V", 151_936), ("repeats", 3)):
         parser.add_argument(f"--{name}", type=int, default=value)
-    parser.add_argument("--only", choices=CONTENDERS, help="measure one, in this process, and print JSON")
+    parser.add_argument("--only", choices=NAMES, help=argparse.SUPPRESS)  # the process of one
+    parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--out", type=Path, help="write the results there as JSON")
     given = parser.parse_args(arguments)
     if given.only:
-        print(json.dumps(measure(given.only, given.T, given.V, given.H, given.repeats)))
+        work(given.only, given.folder)
         return 0
-    sizes = [f"--{name}={getattr(given, name)}" for name in ("T", "H", "V", "repeats")]
-    results: dict[str, Any] = {}
-    for name in CONTENDERS:
-        print(f"measuring {name} ...", file=sys.stderr, flush=True)
-        command = [sys.executable, str(Path(__file__).resolve()), "--only", name, *sizes]
-        run = subprocess.run(command, capture_output=True, text=True, check=False)
-        failed = (run.stderr.strip().splitlines() or ["no output"])[-1]
-        results[name] = json.loads(run.stdout.splitlines()[-1]) if run.returncode == 0 else {"skipped": failed}
-    print(table(results))
-    if given.out:
-        size = {"T": given.T, "H": given.H, "V": given.V, "dtype": "bfloat16"}
-        given.out.write_text(json.dumps({"machine": machine(), "size": size, "results": results}, indent=1) + "\n")
-    return 0
+    if given.repeats < 1:
+        parser.error(f"--repeats {given.repeats}: expected at least 1")
+    results = compare(Shape(given.T, given.H, given.V), given.repeats)
+    size = {"T": given.T, "H": given.H, "V": given.V, "dtype": "bfloat16"}
+    report = {"machine": machine("cpu"), "size": size, "data": "peaked", "results": results}
+    with tempfile.TemporaryDirectory() as there:
+        out = given.out or Path(there) / "head_cpu.json"
+        out.write_text(json.dumps(report, indent=1) + "\n")
+        print(as_text(load_results(out)))
+    return int(any(" is wrong " in one.get("skipped", "") for one in results.values()))
 
 
 if __name__ == "__main__":

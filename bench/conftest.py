@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Generator
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 import torch
 
 BENCH = Path(__file__).resolve().parent
+WHO = ("contender", "name", "rule")  # parameters that say whose benchmark it is
 sys.path[:] = [path for path in sys.path if Path(path or ".").resolve() != BENCH.parent]
 if str(BENCH) not in sys.path:  # its files import each other by name
     sys.path.insert(0, str(BENCH))
@@ -57,6 +59,33 @@ def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: di
     """Device, memory, commit and versions; no name of the host."""
     machine_info.pop("node", None)
     machine_info["entrocraft"] = machine(str(config.getoption("device")))
+
+
+SKIPPED: pytest.StashKey[list[dict[str, str | None]]] = pytest.StashKey()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(
+    item: pytest.Item, call: pytest.CallInfo[None]
+) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """Remembers who was skipped and why, for the JSON; the group where there was one already."""
+    report = yield
+    if report.skipped and isinstance(report.longrepr, tuple):
+        of: Any = item
+        reason = report.longrepr[2].removeprefix("Skipped: ")
+        given = getattr(of, "callspec", None)
+        who = next((given.params[key] for key in WHO if key in given.params), None) if given else None
+        rival = getattr(who, "name", who) or item.name
+        group = getattr(getattr(of, "funcargs", {}).get("benchmark"), "group", None)
+        reason = reason.removeprefix(f"{rival}: ").removeprefix(f"{rival} ")
+        item.config.stash.setdefault(SKIPPED, []).append({"rival": rival, "group": group, "reason": reason})
+    return report
+
+
+def pytest_benchmark_update_json(config: pytest.Config, benchmarks: Any, output_json: dict[str, Any]) -> None:
+    """Beside the benchmarks, each skip and its reason once."""
+    found = config.stash.get(SKIPPED, [])
+    output_json["skipped"] = [one for number, one in enumerate(found) if one not in found[:number]]
 
 
 THREADS = torch.get_num_threads()  # OMP_NUM_THREADS says how many

@@ -13,10 +13,10 @@ import importlib.util
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
-from suite_cases import Job, Operands
+from suite_cases import Job, Operands, Shape
 from torch import Tensor
 
 from entrocraft.kernels import linear_logprob_entropy, linear_policy_loss
@@ -52,6 +52,9 @@ class Rival:
     """Least compute capability."""
     hidden_multiple: int = 1
     vocab_multiple: int = 1
+    tokens_multiple: int = 1
+    any_tokens: Callable[[Shape, str], bool] = lambda shape, device: False
+    """Where, for a shape on a device, it takes any number of tokens all the same."""
     recomputes: bool = True
     """It computes the logits a second time for the backward."""
     skips_rows: bool = False
@@ -69,8 +72,9 @@ class Rival:
         """Whether the job is one for it."""
         return job.needs <= self.gives and (self.jobs is None or name in self.jobs)
 
-    def why_not(self, H: int, V: int, device: str) -> str | None:
+    def why_not(self, shape: Shape, device: str) -> str | None:
         """The reason why it does not run here; None if it does."""
+        T, H, V = shape
         missing = [package for package in self.packages if importlib.util.find_spec(package) is None]
         if missing:
             return f"{', '.join(missing)} is not installed"
@@ -80,6 +84,8 @@ class Rival:
             return f"it wants compute capability {self.capability[0]}.{self.capability[1]}"
         if H % self.hidden_multiple or V % self.vocab_multiple:
             return f"it wants H a multiple of {self.hidden_multiple} and V of {self.vocab_multiple}"
+        if T % self.tokens_multiple and not self.any_tokens(shape, device):
+            return f"it wants T a multiple of {self.tokens_multiple}"
         return None
 
     def version(self) -> str:
@@ -139,14 +145,15 @@ def run(rival: Rival, operands: Operands, job: Job) -> tuple[Answer, tuple[Tenso
     return answer, torch.autograd.grad(total, leaves(operands))
 
 
-def _ours(operands: Operands, job: Job, *, cache_bytes: int = 0) -> Answer:
+def ours(operands: Operands, job: Job, **options: Any) -> Answer:
+    """This project's op, with options of `linear_logprob_entropy`."""
     case, temperature_T = operands
     stats = linear_logprob_entropy(
         *case[:3],
         temperature=1.0 if temperature_T is None else temperature_T,
-        cache_bytes=cache_bytes,
         entropy_gradient=job.entropy,
         ignore_index=None,
+        **options,
     )
     return Answer(stats.logprob_T, stats.entropy_T)
 
@@ -202,11 +209,11 @@ def _torch_linear(operands: Operands, job: Job) -> Answer:
 
 OURS = (
     Rival(
-        name="entrocraft", call=_ours, settings="defaults: nothing kept, buffers of 256 MiB", skips_rows=True,
+        name="entrocraft", call=ours, settings="defaults: nothing kept, buffers of 256 MiB", skips_rows=True,
         logprob_error=1e-5, gradient_error=1e-2,
     ),
     Rival(
-        name="entrocraft_cache", call=functools.partial(_ours, cache_bytes=KEEP_ALL), recomputes=False,
+        name="entrocraft_cache", call=functools.partial(ours, cache_bytes=KEEP_ALL), recomputes=False,
         settings="cache_bytes without bound: bf16 exponentials kept, or a frozen head's factors", skips_rows=True,
         jobs=frozenset({"logprob", "both", "frozen", "half_zero"}), logprob_error=1e-5, gradient_error=1e-2,
     ),

@@ -8,18 +8,17 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import torch
 from rivals import Answer, Rival, load
-from suite_cases import Job, Operands
+from rivals_trl import chunked_logprob, chunked_setting
+from suite_cases import Job, Operands, Shape
 
 UPSTREAM = frozenset({"upstream"})
 BOTH = frozenset({"upstream", "entropy", "entropy_grad"})
 
 
 def _trl(operands: Operands, job: Job) -> Answer:
-    function: Any = load("trl.kernels:ChunkedLogProbFunction")
-    hidden_TH, weight_VH, target_T = operands.case[:3]
-    outputs = ("entropy",) if job.entropy else ()
-    return Answer(*function.apply(hidden_TH, weight_VH, None, target_T, 1.0, 8192, None, 1.0, outputs)[:2])
+    return Answer(*chunked_logprob(*operands.case[:3], entropy=job.entropy))
 
 
 def _liger_scaled(operands: Operands, job: Job) -> Answer:
@@ -28,10 +27,14 @@ def _liger_scaled(operands: Operands, job: Job) -> Answer:
     return Answer(-found[0], found[1].float()) if job.entropy else Answer(-found)
 
 
-def _liger_linear(operands: Operands, job: Job) -> Answer:
+def _liger_linear(operands: Operands, job: Job, *, accum_dtype: torch.dtype | None = None) -> Answer:
     function: Any = load("liger_kernel.transformers.functional:liger_fused_linear_cross_entropy")
-    found = function(*operands.case[:3], reduction="mean")
-    return Answer(loss=found[0] if isinstance(found, tuple) else found)
+    return Answer(loss=function(*operands.case[:3], reduction="mean", accum_dtype=accum_dtype))
+
+
+def _liger_tokens(operands: Operands, job: Job) -> Answer:
+    function: Any = load("liger_kernel.transformers.functional:liger_fused_linear_cross_entropy")
+    return Answer(-function(*operands.case[:3], reduction="none", accum_dtype=torch.float32).float())
 
 
 def _cce(operands: Operands, job: Job, *, filter_eps: str | None) -> Answer:
@@ -70,6 +73,11 @@ def _quack(operands: Operands, job: Job) -> Answer:
     return Answer(loss=function(*operands.case[:3], reduction="mean"))
 
 
+def _quack_scaled(shape: Shape, device: str) -> bool:
+    """Whether it takes the path of scaled exponentials, which pads the tokens; its other path asserts T % 8 == 0."""
+    return device == "cuda" and torch.cuda.get_device_capability() == (9, 0) and shape.V % 128 == shape.H % 8 == 0
+
+
 def _flash(operands: Operands, job: Job) -> Answer:
     function: Any = load("flash_attn.ops.triton.cross_entropy:cross_entropy_loss")
     hidden_TH, weight_VH, target_T = operands.case[:3]
@@ -79,17 +87,27 @@ def _flash(operands: Operands, job: Job) -> Answer:
 PACKAGES = (
     Rival(
         name="trl_chunked", call=_trl, packages=("trl",), gives=BOTH,
-        settings="ChunkedLogProbFunction, its trainers' vocabulary chunk of 8,192",
+        settings=chunked_setting(),
     ),
     Rival(
         name="liger_scaled_ce", call=_liger_scaled, packages=("liger_kernel",), gives=BOTH,
         settings="fused linear scaled cross entropy: CuTe on compute capability 9.0, its torch fallback elsewhere",
+        honours_frozen=False,  # its fallback makes both gradients of a chunk and drops one; its kernels make both
         gradient_error=8e-2,  # its entropy is rounded to bf16 before the gradient is made of it
     ),
     Rival(
         name="liger_linear_ce", call=_liger_linear, packages=("liger_kernel",), gives=frozenset(), gpu=True,
         recomputes=False, settings="fused linear cross entropy, reduction mean, gradients in the forward",
         jobs=frozenset({"mean_loss"}),
+    ),
+    Rival(
+        name="liger_linear_ce_fp32", call=functools.partial(_liger_linear, accum_dtype=torch.float32),
+        packages=("liger_kernel",), gives=frozenset(), gpu=True, recomputes=False, jobs=frozenset({"mean_loss"}),
+        settings="the same with accum_dtype fp32, as its authors advise where training is unstable",
+    ),
+    Rival(
+        name="liger_linear_ce_tokens", call=_liger_tokens, packages=("liger_kernel",), gives=UPSTREAM, gpu=True,
+        settings="fused linear cross entropy, reduction none, accum_dtype fp32, gradients in the backward",
     ),
     Rival(
         name="cce", call=functools.partial(_cce, filter_eps="high"), packages=("cut_cross_entropy",), gives=UPSTREAM,
@@ -103,7 +121,8 @@ PACKAGES = (
     ),
     Rival(
         name="verl_torch", call=_verl_torch, packages=("verl",), gives=BOTH,
-        settings="FusedLinearForPPO, torch backend, chunks of 512 tokens", gradient_error=8e-2, honours_frozen=True,
+        settings="FusedLinearForPPO, torch backend, chunks of 512 tokens", gradient_error=8e-2,
+        honours_frozen=False,  # likewise
     ),
     Rival(
         name="verl_triton", call=_verl_triton, packages=("verl",), gives=BOTH, gpu=True, hidden_multiple=128,
@@ -111,7 +130,8 @@ PACKAGES = (
     ),
     Rival(
         name="quack", call=_quack, packages=("quack",), gives=frozenset(), gpu=True, capability=(9, 0),
-        hidden_multiple=8, vocab_multiple=8, recomputes=False, jobs=frozenset({"mean_loss"}),
+        hidden_multiple=8, vocab_multiple=8, tokens_multiple=8, any_tokens=_quack_scaled, recomputes=False,
+        jobs=frozenset({"mean_loss"}),
         settings="chunked_linear_cross_entropy, tuned, chunks of 4,096, scaled exponentials where they are supported",
     ),
     Rival(

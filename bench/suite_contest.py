@@ -16,6 +16,7 @@ from torch import Tensor
 
 Thunk = Callable[[], object]
 FLUSH_BYTES = 256 << 20  # more than any last-level cache
+COLD_ROUNDS = 3  # of which a median is more than one sample
 
 
 class Clock:
@@ -184,7 +185,7 @@ def _checked(one: Contender) -> tuple[dict[str, float], bool]:
 
 def compete(contenders: dict[str, Contender], device: str, rounds: int) -> dict[str, Measured | str]:
     """Checks all, then times those that are right, in interleaved rounds with warm caches and a third as many with
-    cold ones; says of the others why they were not timed."""
+    cold ones, but three where there are as many; says of the others why they were not timed."""
     watch = Stopwatch(device)
     found: dict[str, Measured | str] = {}
     infos: dict[str, dict[str, Any]] = {}
@@ -206,10 +207,14 @@ def compete(contenders: dict[str, Contender], device: str, rounds: int) -> dict[
             torch.cuda.empty_cache()
     thunks = {name: contenders[name].thunk for name in infos}
     warm = watch.interleaved(thunks, rounds)
-    cold = watch.interleaved(thunks, max(1, rounds // 3), cold=True)
+    cold = watch.interleaved(thunks, max(min(rounds, COLD_ROUNDS), rounds // 3), cold=True)
     for name, info in infos.items():
-        found[name] = Measured(warm[name], {"rival": name, "cold_ms": 1e3 * statistics.median(cold[name]), **info})
+        found[name] = Measured(warm[name], {"rival": name, **_cold(cold[name]), **info})
     return found
+
+
+def _cold(seconds: list[float]) -> dict[str, float]:
+    return {"cold_ms": 1e3 * statistics.median(seconds), "cold_rounds": len(seconds)}
 
 
 def record(benchmark: Any, measured: Measured | str, **info: Any) -> None:

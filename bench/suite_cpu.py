@@ -4,8 +4,9 @@
     python bench/suite_cpu.py --only head_cpu            # one of its parts
     python bench/suite_cpu.py --smallest --out DIR       # seconds; documents stay as they are
 
-`--head-python` names an interpreter that has verl too, so that the comparison of the head has verl's row: the
-environment of `make test-verl`. Files of pytest-benchmark are kept without what does not matter to a reader.
+`--head-python` names an interpreter that has verl too, so that the comparison of the head has verl's row; without it,
+that of `make test-verl` where it is there. A table that has lost a contender is not quoted. Files of pytest-benchmark
+are kept without what does not matter to a reader.
 """
 
 from __future__ import annotations
@@ -21,11 +22,14 @@ from pathlib import Path
 from typing import Any
 
 from entrocraft.train.bench_figure import draw
-from entrocraft.train.bench_table import as_markdown, load_results
+from entrocraft.train.bench_table import Saved, as_markdown, load_results
 
 BENCH = Path(__file__).resolve().parent
 ROOT = BENCH.parent
-QUOTED = {"head_cpu": ("README.md", "docs/benchmarks.md"), "step_cpu": ("docs/benchmarks.md",)}
+QUOTED = {
+    "head_cpu": ("README.md", "docs/benchmarks.md", "kernels/README.md"),
+    "step_cpu": ("docs/benchmarks.md",),
+}
 SCALING = (
     "--device cpu --heads cpu --jobs both --data peaked --tokens 32 128 512 --vocab 4096 16384 65536 --bench-rounds 3 "
     "--rivals entrocraft entrocraft_cache eager_fp32 eager_bf16 trl_chunked liger_scaled_ce"
@@ -64,23 +68,51 @@ def slim(report: dict[str, Any]) -> dict[str, Any]:
         stats = {key: one["stats"][key] for key in kept}
         rows.append({"name": one["name"], "group": one["group"], "extra_info": one["extra_info"], "stats": stats})
     machine = {"entrocraft": report["machine_info"]["entrocraft"]}
-    return {"machine_info": machine, "datetime": report["datetime"], "benchmarks": rows}
+    found = {"machine_info": machine, "datetime": report["datetime"], "benchmarks": rows}
+    return found | {"skipped": report.get("skipped", [])}
 
 
 def quote(text: str, table: str, name: str) -> str:
     """The document with this table, or tables, in the place of the one of the same size that it has, or of the comment
-    `<!-- name -->` where nothing was measured yet.
+    `<!-- name -->` where nothing was measured yet. The notes below a table go with it.
 
     Raises:
-        ValueError: it has neither; the message has the table to put there.
+        ValueError: it has neither, and the message has the table to put there; or its table has a contender that this
+            one has lost.
     """
     if f"<!-- {name} -->" in text:
         return text.replace(f"<!-- {name} -->", table)
     first = table.partition("\n")[0].split("|")[1].strip()
-    pattern = rf"^\| {re.escape(first)} \|.*?^Measured on [^\n]*"
-    if not re.search(pattern, text, re.DOTALL | re.MULTILINE):
+    pattern = rf"^\| {re.escape(first)} \|.*?^Measured on [^\n]*(?:\n\n- \w+: [^\n]*(?:\n- \w+: [^\n]*)*)?"
+    there = re.search(pattern, text, re.DOTALL | re.MULTILINE)
+    if there is None:
         raise ValueError(f"no table begins with {first!r}; put this one where it belongs:\n\n{table}")
-    return re.sub(pattern, lambda _: table, text, count=1, flags=re.DOTALL | re.MULTILINE)
+    lost = _contenders(there[0]) - _contenders(table)
+    if lost:
+        raise ValueError(
+            f"the new table has lost {', '.join(sorted(lost))}: measure where it is installed (verl_torch: in the "
+            ".venv-verl of `make test-verl`, or with --head-python), or take its row out of the document"
+        )
+    return text[: there.start()] + table + text[there.end() :]
+
+
+def _contenders(table: str) -> set[str]:
+    """First cells of its rows."""
+    return set(re.findall(r"^\| (\w+) \|", table, re.MULTILINE))
+
+
+def scaling_sentence(saved: Saved) -> str:
+    """How both of our modes stand to eager with fp32 logits at the sizes of the figure."""
+    of_default, of_cache = [], []
+    most = max(row.info["V"] for row in saved.rows)
+    for rows in saved.groups().values():
+        seconds = {row.rival: row.seconds for row in rows}
+        of_default.append(seconds["entrocraft"] / seconds["eager_fp32"])
+        if rows[0].info["V"] == most:
+            of_cache.append(seconds["entrocraft_cache"] / seconds["eager_fp32"])
+    default, cache = (f"{min(ratios):.2f} to {max(ratios):.2f} times" for ratios in (of_default, of_cache))
+    than = "as long as eager with fp32 logits"
+    return f"At these sizes the default takes {default} {than}, and the cache at V = {most:,} {cache}."
 
 
 def write_down(name: str, out: Path, root: Path | None) -> None:
@@ -100,7 +132,8 @@ def write_down(name: str, out: Path, root: Path | None) -> None:
         place.write_text(quote(place.read_text(), as_markdown(saved), name))
     if name == "scaling_cpu" and root:
         place, figure = root / "docs/benchmarks.md", "![Time and memory](../bench/results/scaling_cpu.png)"
-        place.write_text(place.read_text().replace("<!-- scaling_cpu -->", figure))
+        text = place.read_text().replace("<!-- scaling_cpu -->", figure)
+        place.write_text(re.sub(r"^At these sizes the default .*$", scaling_sentence(saved), text, flags=re.MULTILINE))
 
 
 def main(arguments: list[str] | None = None, run: Callable[..., Any] = subprocess.run) -> int:
@@ -122,7 +155,11 @@ def main(arguments: list[str] | None = None, run: Callable[..., Any] = subproces
         print(f"{name}: {f'exit status {code}' if code else 'done'} ({time.monotonic() - started:.0f} s)", flush=True)
         failed += code != 0
         if code == 0:
-            write_down(name, given.out, None if given.smallest else ROOT)
+            try:
+                write_down(name, given.out, None if given.smallest else ROOT)
+            except ValueError as error:
+                print(f"{name}: not written into the documents: {error}", file=sys.stderr)
+                failed += 1
     return int(failed > 0)
 
 

@@ -32,6 +32,7 @@ class Truth:
         if temperature_T is not None:
             self.hidden_grad_NH = self.hidden_grad_NH / temperature_T[self.rows, None].double()
         self.weight_grad_NH: Tensor | None = None
+        self.loss: float | None = None
         if job.gradients == 2:
             self._of_weight(case)
 
@@ -47,13 +48,20 @@ class Truth:
                 parts.append(linear_logprob_entropy(hidden_NH.detach().double(), weight_VH, target_N))
         stats = type(parts[0]).cat(parts)
         self.weight_grad_NH = exact_weight_grad(case, self.columns, stats)
+        share_T = case.grad_logprob_T.double() * stats.logprob_T + case.grad_entropy_T.double() * stats.entropy_T
+        self.loss, self.loss_size = float(share_T.sum()), float(share_T.abs().sum())
 
     def errors(self, answer: Answer, gradients: Sequence[Tensor]) -> dict[str, float]:
-        """Mean and largest errors in nats, relative errors of gradients; only of what the answer has."""
+        """Mean and largest errors in nats, relative errors of gradients and loss; only of what the answer has.
+
+        The loss is relative to the sum of the sizes of its terms, which may cancel.
+        """
         found: dict[str, float] = {}
+        if answer.loss is not None and self.loss is not None:
+            found["loss"] = abs(float(answer.loss.detach()) - self.loss) / self.loss_size
         for name, value_T in (("logprob", answer.logprob_T), ("entropy", answer.entropy_T)):
             if value_T is not None:
-                found |= _nats(name, value_T[self.rows], self.of_rows[name])
+                found |= value_errors(name, value_T[self.rows], self.of_rows[name])
         if gradients:
             found["hidden_grad"] = relative_error(gradients[0][self.rows], self.hidden_grad_NH)
         if len(gradients) == 2 and self.weight_grad_NH is not None:
@@ -61,19 +69,13 @@ class Truth:
         return found
 
 
-def _nats(name: str, value_N: Tensor, exact_N: Tensor) -> dict[str, float]:
-    error_N = (value_N.detach().double() - exact_N.double()).abs()
+def value_errors(name: str, value_N: Tensor, exact_N: Tensor) -> dict[str, float]:
+    """Mean and largest errors of "logprob" or "entropy", nats."""
+    error_N = (value_N.detach().double() - exact_N.detach().double()).abs()
     return {f"{name}_mean": float(error_N.mean()), f"{name}_max": float(error_N.max())}
-
-
-def value_errors(
-    logprob_N: Tensor, exact_logprob_N: Tensor, entropy_N: Tensor, exact_entropy_N: Tensor
-) -> dict[str, float]:
-    """Mean and largest errors of log-probability and entropy, nats."""
-    return _nats("logprob", logprob_N, exact_logprob_N) | _nats("entropy", entropy_N, exact_entropy_N)
 
 
 def bounds(rival: Rival) -> dict[str, float]:
     """Errors that a rival's arithmetic explains."""
-    most = {"logprob_mean": rival.logprob_error, "entropy_mean": 3 * rival.logprob_error}
+    most = {"logprob_mean": rival.logprob_error, "entropy_mean": 3 * rival.logprob_error, "loss": rival.logprob_error}
     return most | {"hidden_grad": rival.gradient_error, "weight_grad": rival.gradient_error}

@@ -6,7 +6,7 @@ import statistics
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 BASELINES = ("eager_fp32", "eager", "eager_bf16", "trl", "none")  # what ratios are of: the first that is there
 H100_BYTES_PER_S, H100_BYTES = 3.35e12, 80e9
@@ -25,6 +25,15 @@ class Row:
     """What the benchmark recorded besides: errors, memory, rates."""
 
 
+class Skip(NamedTuple):
+    """A contender that was not measured."""
+
+    rival: str
+    reason: str
+    group: str | None = None
+    """Where it was left out; None: wherever it does not appear."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Saved:
     """A file of results."""
@@ -32,6 +41,7 @@ class Saved:
     path: Path
     machine: dict[str, Any]
     rows: list[Row]
+    skipped: list[Skip] = field(default_factory=list)
 
     def groups(self) -> dict[str, list[Row]]:
         """Rows by group, in the order of the file."""
@@ -59,7 +69,8 @@ def load_results(path: Path) -> Saved:
             )
             for one in report["benchmarks"]
         ]
-        found = Saved(path=path, machine=machine.get("entrocraft", machine), rows=rows)
+        skipped = [Skip(**one) for one in report.get("skipped", [])]
+        found = Saved(path=path, machine=machine.get("entrocraft", machine), rows=rows, skipped=skipped)
     elif isinstance(report, dict) and "results" in report and "size" in report:
         found = _head_on_a_cpu(path, report)
     if found is None or not found.rows:
@@ -73,15 +84,17 @@ def load_results(path: Path) -> Saved:
 def _head_on_a_cpu(path: Path, report: dict[str, Any]) -> Saved:
     """bench/compare_head_cpu.py and bench/suite_trl_step.py: one group, each contender measured in its own process."""
     size = {key: value for key, value in report["size"].items() if key != "dtype"}
-    rows = []
+    rows, skipped = [], []
     for name, one in report["results"].items():
-        if "seconds" in one:
+        if "seconds" not in one:
+            skipped.append(Skip(name, one.get("reason") or one.get("skipped") or "no reason was recorded"))
+        else:
             taken = one["seconds"] if isinstance(one["seconds"], list) else [one["seconds"]]
             info = {"peak_bytes": one.get("transient_bytes", one.get("peak_bytes")), **size}
-            info |= {"largest_batch": one["largest_batch"]} if "largest_batch" in one else {}
+            info |= {key: one[key] for key in ("largest_batch", "errors", "settings") if key in one}
             rows.append(Row(group=_words(size), rival=name, seconds=statistics.median(taken), info=info))
     machine = {"device": report["machine"].get("cpu"), **report["machine"]}
-    return Saved(path=path, machine=machine, rows=rows)
+    return Saved(path=path, machine=machine, rows=rows, skipped=skipped)
 
 
 def _words(size: dict[str, Any]) -> str:
@@ -101,6 +114,7 @@ def floors(row: Row, machine: dict[str, Any]) -> dict[str, float]:
         found["this machine"] = row.info["floor_ms"]
     if "capability" in machine and {"useful_products", "T", "H", "V", "gemm_tflops"} <= set(row.info):
         operations = row.info["useful_products"] * 2 * row.info["T"] * row.info["H"] * row.info["V"]
+        operations = row.info.get("useful_operations", operations)  # of a whole model there are more
         moved = row.info.get("moved_bytes", 0)
         found["H100"] = max(1e-9 * operations / row.info["gemm_tflops"], 1e3 * moved / H100_BYTES_PER_S)
     return found
@@ -140,6 +154,16 @@ def _number(key: str, text: Callable[[Any], str]) -> Callable[[Row, Row], str]:
     return cell
 
 
+def _error(key: str) -> Callable[[Row, Row], str]:
+    """Of `errors` alone: a row may have a loss of the same name."""
+
+    def cell(row: Row, base: Row) -> str:
+        value = row.info.get("errors", {}).get(key)
+        return "" if value is None else f"{value:.1e}"
+
+    return cell
+
+
 COLUMNS: dict[str, Callable[[Row, Row], str]] = {
     "ms": lambda row, base: _ms(row),
     "ratio": lambda row, base: _ratio(row.seconds, base.seconds),
@@ -151,10 +175,14 @@ COLUMNS: dict[str, Callable[[Row, Row], str]] = {
     "of GEMM": _number("share_of_gemm", "{:.0%}".format),
     "GB/s": _number("gbs", "{:.3g}".format),
     "log p error": _number("logprob_mean", "{:.1e}".format),
-    "max": _number("logprob_max", "{:.1e}".format),
+    "log p max": _number("logprob_max", "{:.1e}".format),
     "H error": _number("entropy_mean", "{:.1e}".format),
+    "H max": _number("entropy_max", "{:.1e}".format),
     "dX error": _number("hidden_grad", "{:.1e}".format),
     "dW error": _number("weight_grad", "{:.1e}".format),
+    "dZ error": _number("logits_grad", "{:.1e}".format),
+    "loss error": _error("loss"),
+    "norm error": _error("grad_norm"),
     "same bits": _number("repeats", lambda same: "yes" if same else "no"),
     "largest batch": _number("largest_batch", str),
 }
@@ -183,9 +211,12 @@ def _below(rows: list[Row], machine: dict[str, Any]) -> str:
     return line
 
 
-def _settings(saved: Saved) -> str:
-    """What each contender was asked for, in a line each."""
+def _notes(saved: Saved) -> str:
+    """What each contender was asked for, and why others were not measured, in a line each."""
     found = {f"{row.rival}: {row.info['settings']}": None for row in saved.rows if "settings" in row.info}
+    for skip in saved.skipped:
+        where = f" ({skip.group})" if skip.group else ""
+        found[f"{skip.rival}: not measured{where}, {skip.reason}"] = None
     return "\n".join(f"- {line}" for line in found)
 
 
@@ -211,7 +242,7 @@ def as_text(saved: Saved) -> str:
     parts = [about(saved)]
     for group, rows in saved.groups().items():
         parts.append("\n".join([group, *_aligned(cells(rows), 1), _below(rows, saved.machine)]).rstrip())
-    return "\n\n".join([*parts, _settings(saved)]).rstrip()
+    return "\n\n".join([*parts, _notes(saved)]).rstrip()
 
 
 def as_markdown(saved: Saved) -> str:
@@ -224,7 +255,7 @@ def as_markdown(saved: Saved) -> str:
         table.insert(1, "|---" * len(lines[0]) + "|")
         below = _below(rows, saved.machine)
         parts.append("\n".join(table) + (f"\n\n{below}" if below else ""))
-    return "\n\n".join([*parts, f"Measured on {about(saved)}.", _settings(saved)]).rstrip()
+    return "\n\n".join([*parts, f"Measured on {about(saved)}.", _notes(saved)]).rstrip()
 
 
 def as_comparison(before: Saved, after: Saved) -> str:

@@ -13,6 +13,7 @@ from entrocraft.train.cli import main
 
 ROOT = Path(__file__).parents[2]
 CPU = ROOT / "bench" / "results" / "head_cpu.json"
+STEP = ROOT / "bench" / "results" / "step_cpu.json"
 
 
 def entry(rival: str, ms: float, **info):
@@ -54,6 +55,8 @@ def test_floors_are_the_larger_of_operations_and_bytes(saved):
     results = load_results(saved)
     row = results.rows[0]
     assert floors(row, results.machine)["H100"] == pytest.approx(3e3 * 2 * 2048 * 2560 * 151936 / 790e12)
+    row.info["useful_operations"] = 2 * 3 * 2 * 2048 * 2560 * 151936  # of a whole model, whose head is half of it
+    assert floors(row, results.machine)["H100"] == pytest.approx(6e3 * 2 * 2048 * 2560 * 151936 / 790e12)
     row.info["moved_bytes"] = 10**11
     assert floors(row, results.machine)["H100"] == pytest.approx(1e14 / 3.35e12)
     assert "H100" not in floors(row, {"device": "cpu"})
@@ -71,6 +74,51 @@ def test_settings_are_printed_once_each(saved, tmp_path, capsys):
     for options in ((), ("--markdown",)):
         assert main(["bench", str(path), *options]) == 0
         assert capsys.readouterr().out.endswith("\n- entrocraft: defaults\n- eager_bf16: chunks of 8,192\n")
+
+
+def test_errors_say_of_what_they_are(saved, tmp_path, capsys):
+    report = json.loads(saved.read_text())
+    errors = {"logprob_mean": 1e-6, "logprob_max": 2e-6, "entropy_mean": 3e-6, "entropy_max": 4e-6}
+    errors |= {"hidden_grad": 5e-6, "weight_grad": 6e-6, "logits_grad": 7e-6, "loss": 8e-6, "grad_norm": 9e-6}
+    info = {"rival": "entrocraft", "errors": errors, "loss": 0.5}
+    report["benchmarks"] = [{"name": "a", "group": "g", "stats": {"median": 1.0}, "extra_info": info}]
+    path = tmp_path / "errors.json"
+    path.write_text(json.dumps(report))
+    table = cells(load_results(path).rows)
+    assert dict(zip(*table, strict=True)) == {
+        "": "entrocraft", "ms": "1,000", "ratio": "1", "log p error": "1.0e-06", "log p max": "2.0e-06",
+        "H error": "3.0e-06", "H max": "4.0e-06", "dX error": "5.0e-06", "dW error": "6.0e-06", "dZ error": "7.0e-06",
+        "loss error": "8.0e-06", "norm error": "9.0e-06",
+    }  # fmt: skip
+
+
+def test_who_was_not_measured_is_told_with_the_reason(saved, tmp_path, capsys):
+    report = json.loads(saved.read_text())
+    report["skipped"] = [
+        {"rival": "cce", "group": None, "reason": "it has no path on a CPU"},
+        {"rival": "quack", "group": "qwen3_4b T=2048", "reason": "does not fit"},
+    ]
+    path = tmp_path / "skipped.json"
+    path.write_text(json.dumps(report))
+    for options in ((), ("--markdown",)):
+        assert main(["bench", str(path), *options]) == 0
+        assert capsys.readouterr().out.endswith(
+            "\n- cce: not measured, it has no path on a CPU\n- quack: not measured (qwen3_4b T=2048), does not fit\n"
+        )
+    assert main(["bench", str(STEP)]) == 0
+    assert "- trl_liger: not measured, Liger's kernels want a GPU" in capsys.readouterr().out
+
+
+def test_a_comparison_of_the_head_has_errors_settings_and_reasons(tmp_path, capsys):
+    ours = {"seconds": [2.0, 1.0, 4.0], "transient_bytes": 2**20, "errors": {"logprob_mean": 1e-6}, "settings": "small"}
+    report = {"machine": {"device": "d"}, "size": {"T": 2}, "results": {"a": ours, "b": {"skipped": "not there"}}}
+    path = tmp_path / "head.json"
+    path.write_text(json.dumps(report))
+    assert main(["bench", str(path), "--markdown"]) == 0
+    said = capsys.readouterr().out
+    assert "| T=2 | ms | ratio | MiB | ratio of MiB | log p error |\n" in said
+    assert "| a | 2,000 | 1 | 1 | 1 | 1.0e-06 |\n" in said
+    assert said.endswith("\n- a: small\n- b: not measured, not there\n")
 
 
 def test_of_a_grid_of_sizes_the_largest_is_drawn(tmp_path):
@@ -140,7 +188,7 @@ def test_ratios_are_of_eager_and_of_the_first_without_it():
 
 def test_the_table_of_the_readme_is_what_was_measured():
     table = as_markdown(load_results(CPU))
-    for document in ("README.md", "docs/benchmarks.md"):
+    for document in ("README.md", "docs/benchmarks.md", "kernels/README.md"):
         command = "entrocraft bench bench/results/head_cpu.json --markdown"
         text = (ROOT / document).read_text()
         assert command in text

@@ -5,8 +5,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import compare_head_cpu
 import pytest
 import torch
+from compare_head_cpu import NAMES, contenders
+from suite_cases import Shape
+from suite_machine import commit
 
 BENCH = Path(__file__).parents[2] / "bench"
 
@@ -55,6 +59,50 @@ def test_a_section_that_fails_is_named_and_the_others_go_on(tmp_path):
     found = json.loads((tmp_path / "measure_head.json").read_text())["shapes"]["tiny"]
     assert "ZeroDivisionError" in found["memory"]["error"]
     assert found["repeatability"]["recompute"]
+
+
+@pytest.mark.slow
+def test_the_comparison_checks_every_contender_and_takes_turns(tmp_path):
+    out = tmp_path / "head.json"
+    run = _run("compare_head_cpu.py", "--T", 80, "--H", 64, "--V", 3000, "--repeats", 3, "--out", out)
+    assert run.returncode == 0, run.stderr
+    report = json.loads(out.read_text())
+    assert report["machine"]["commit"] == commit()
+    found = {name: one for name, one in report["results"].items() if "seconds" in one}
+    others = {name: one["skipped"] for name, one in report["results"].items() if "seconds" not in one}
+    assert others in ({}, {"verl_torch": "verl is not installed"})
+    assert set(found) | set(others) == set(NAMES)
+    for name, one in found.items():
+        assert len(one["seconds"]) == 3
+        assert one["settings"] == contenders()[name].settings
+        errors = one["errors"]
+        assert set(errors) == {
+            "logprob_mean", "logprob_max", "entropy_mean", "entropy_max", "hidden_grad", "weight_grad",
+        }  # fmt: skip
+        exact = name.startswith("entrocraft") or name == "eager_fp32"
+        assert 0 < errors["logprob_mean"] <= errors["logprob_max"] < (1e-4 if exact else 0.5)
+        assert (errors["entropy_mean"] < 1e-5) == exact
+        assert 1e-4 < errors["weight_grad"] < (5e-3 if exact else 5e-2)
+    turns = [line.split()[-2] for line in run.stderr.splitlines() if line.startswith("round ")]
+    assert turns[: len(found)] == list(found)
+    assert turns[len(found)] == list(found)[1]
+    assert "log p error" in run.stdout
+
+
+@pytest.mark.slow
+def test_a_contender_that_is_wrong_or_dies_is_told_and_not_quoted(monkeypatch):
+    monkeypatch.setattr(compare_head_cpu, "NAMES", ("entrocraft", "eager_bf16"))
+    monkeypatch.setattr(compare_head_cpu, "bounds", lambda rival: {"logprob_mean": 1e-4})
+    shape = Shape(16, 32, 500)
+    found = compare_head_cpu.compare(shape, 1)
+    assert found["entrocraft"]["seconds"]
+    assert "eager_bf16 is wrong and is not timed: logprob_mean 0.0" in found["eager_bf16"]["skipped"]
+    assert "seconds" not in found["eager_bf16"]
+    monkeypatch.setattr(compare_head_cpu, "NAMES", ("entrocraft",))
+    monkeypatch.setattr(compare_head_cpu.torch, "save", lambda value, path: path.write_bytes(b"nothing"))
+    died = compare_head_cpu.compare(shape, 1)["entrocraft"]
+    assert set(died) == {"skipped"}
+    assert died["skipped"]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

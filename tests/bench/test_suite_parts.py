@@ -5,11 +5,16 @@ import functools
 import math
 
 import pytest
+import rivals_trl
 import torch
+from bench_policy_loss import CALLS as POLICY_LOSS
+from bench_scoring import CALLS as SCORING
 from rivals import ALWAYS, Answer, all_rivals, run
+from rivals_trl import chunked_setting, trainers_chunk
 from suite_cases import HEADS, JOBS, Shape, make_operands, shapes
 from suite_contest import Clock, Contender, Measured, Stopwatch, Thunk, compete, complaint, machine_rates, same_bits
 from suite_errors import Truth, bounds
+from suite_rates import Work, derived
 
 from entrocraft.kernels import linear_logprob_entropy_reference
 
@@ -80,7 +85,7 @@ def test_the_truth_of_every_job_is_that_of_the_fp64_reference(name):
 @pytest.mark.parametrize("name", sorted(ALWAYS))
 def test_every_rival_that_needs_no_gpu_agrees_with_fp64_on_every_job(name):
     rival = RIVALS[name]
-    assert rival.why_not(SHAPE.H, SHAPE.V, "cpu") is None, "install the extra `bench`"
+    assert rival.why_not(SHAPE, "cpu") is None, "install the extra `bench`"
     done = [job_name for job_name in JOBS if rival.does(job_name, JOBS[job_name])]
     assert done
     for job_name in done if name != "torch_compile" else ["statistics"]:  # each further job is compiled for seconds
@@ -129,9 +134,9 @@ def test_a_rival_that_is_wrong_is_refused_by_name_and_number():
 
 
 def test_restrictions_are_reasons():
-    assert RIVALS["cce"].why_not(64, 600, "cpu") in ("cut_cross_entropy is not installed", "it has no path on a CPU")
+    assert RIVALS["cce"].why_not(SHAPE, "cpu") in ("cut_cross_entropy is not installed", "it has no path on a CPU")
     narrow = dataclasses.replace(RIVALS["trl_chunked"], hidden_multiple=128, vocab_multiple=8)
-    assert narrow.why_not(64, 600, "cpu") == "it wants H a multiple of 128 and V of 8"
+    assert narrow.why_not(SHAPE, "cpu") == "it wants H a multiple of 128 and V of 8"
     assert not RIVALS["trl_chunked"].does("row_temperature", JOBS["row_temperature"])
     assert not RIVALS["quack"].does("both", JOBS["both"])
     assert not RIVALS["entrocraft_cache"].does("statistics", JOBS["statistics"])
@@ -143,8 +148,110 @@ def test_products_are_counted():
     assert [
         RIVALS[name].products(half) for name in ("entrocraft", "entrocraft_cache", "trl_chunked", "eager_bf16")
     ] == [2.5, 2, 4, 3]
-    assert [RIVALS[name].products(JOBS["frozen"]) for name in ("entrocraft", "verl_triton", "eager_fp32")] == [3, 4, 2]
+    frozen = [
+        RIVALS[name].products(JOBS["frozen"]) for name in ("entrocraft", "verl_triton", "verl_torch", "eager_fp32")
+    ]
+    assert frozen == [3, 4, 4, 2]
     assert RIVALS["cce"].products(JOBS["statistics"]) == 1
+
+
+@pytest.mark.parametrize("name", sorted(ALWAYS - {"torch_compile"}))
+def test_products_are_those_that_torch_makes(name):
+    for job_name in ("statistics", "logprob", "both", "frozen", "mean_loss"):
+        job = JOBS[job_name]
+        if RIVALS[name].does(job_name, job):
+            operands = make_operands(SHAPE, job, "peaked", device="cpu")
+            made = sum(2 * T * H * V for T, H, V in products_of(run, RIVALS[name], operands, job))
+            assert made == RIVALS[name].products(job) * SHAPE.product_operations(), job_name
+
+
+def products_of(call, *arguments):
+    """Sizes of every matrix product that torch makes in a call."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], record_shapes=True) as profile:
+        call(*arguments)
+    first = {"aten::mm": 0, "aten::addmm": 1, "aten::addmm_": 1}  # where the two factors begin
+    events = [(event.name, event.input_shapes) for event in profile.events() or [] if event.name in first]
+    factors = [shapes[first[name] : first[name] + 2] for name, shapes in events]
+    return [(left[0], left[1], right[1]) for left, right in factors]
+
+
+def test_trl_s_op_is_called_as_its_trainers_call_it():
+    from trl.trainer import utils  # pyright: ignore[reportMissingImports]
+
+    chunk = utils._CHUNKED_LOGPROB_CHUNK_SIZE
+    assert trainers_chunk() == chunk
+    for settings in (RIVALS["trl_chunked"].settings, *(calls["trl_chunked"][1] for calls in (SCORING, POLICY_LOSS))):
+        assert f"vocabulary chunk of {chunk:,}" in settings
+    operands = make_operands(Shape(3, 4, chunk + 100), JOBS["statistics"], "random", device="cpu")
+    made = products_of(run, RIVALS["trl_chunked"], operands, JOBS["statistics"])
+    assert [V for _, _, V in made] == [chunk, 100]
+
+
+def test_without_trl_its_chunk_is_an_import_error(monkeypatch, tmp_path):
+    monkeypatch.setattr(rivals_trl.importlib.util, "find_spec", lambda name: None)
+    trainers_chunk.cache_clear()
+    with pytest.raises(ImportError, match="No module named 'trl'"):
+        trainers_chunk()
+    assert chunked_setting() == "ChunkedLogProbFunction, its trainers' vocabulary chunk"
+    trainers_chunk.cache_clear()
+
+
+def test_a_wrong_mean_loss_is_refused():
+    job = JOBS["mean_loss"]
+    operands = make_operands(SHAPE, job, "peaked", device="cpu")
+    truth = Truth(operands, job)
+    for name in ("entrocraft_policy_loss", "torch_linear_cross_entropy"):
+        answer, gradients = run(RIVALS[name], operands, job)
+        assert answer.loss is not None
+        assert refused(name, truth.errors(answer, gradients)) is None
+        wrong = truth.errors(answer._replace(loss=answer.loss * 1.2), gradients)
+        assert wrong["loss"] == pytest.approx(0.2, rel=0.05)  # torch's is a number of bf16
+        assert str(refused(name, wrong)).startswith(f"{name} is wrong and is not timed: loss ")
+
+
+def test_the_loss_that_is_compared_is_that_of_the_fp64_reference():
+    for job_name in ("logprob", "both", "half_zero", "mean_loss"):
+        job = JOBS[job_name]
+        operands = make_operands(SHAPE, job, "peaked", device="cpu")
+        case = operands.case
+        hidden_TH, weight_VH = (leaf.detach().double() for leaf in case[:2])
+        stats = linear_logprob_entropy_reference(hidden_TH, weight_VH, case.target_T)
+        sign = 1 if "upstream" in job.needs else -1
+        exact = sign * case.grad_logprob_T.double() * stats.logprob_T + case.grad_entropy_T.double() * stats.entropy_T
+        truth = Truth(operands, job)
+        assert truth.loss == pytest.approx(float(exact.sum()), abs=1e-9)
+        assert truth.errors(Answer(loss=exact.sum() + exact.abs().sum()), ())["loss"] == pytest.approx(1.0)
+
+
+def test_quack_takes_any_number_of_tokens_on_one_of_its_paths_alone(monkeypatch):
+    here = dataclasses.replace(RIVALS["quack"], packages=(), gpu=False, capability=(0, 0))
+    assert here.why_not(Shape(36, 64, 1024), "cpu") == "it wants T a multiple of 8"
+    assert here.why_not(Shape(40, 64, 1024), "cpu") is None
+    for capability, V, reason in (((9, 0), 1024, None), ((9, 0), 1032, "of 8"), ((10, 0), 1024, "of 8")):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda capability=capability: capability)
+        told = here.why_not(Shape(36, 64, V), "cuda")
+        assert told is None if reason is None else reason in str(told)
+
+
+@pytest.mark.parametrize(("rounds", "cold"), [(1, 1), (2, 2), (5, 3), (30, 10)])
+def test_a_cold_number_is_a_median(rounds, cold):
+    calls: list[int] = []
+    field = {"a": Contender(lambda: calls.append(0), "", lambda made: {}, {})}
+    found = compete(field, "cpu", rounds)["a"]
+    assert isinstance(found, Measured)
+    assert found.info["cold_rounds"] == cold
+    assert len(calls) == 3 + rounds + cold  # two to check, one to weigh
+
+
+def test_rates_follow_from_the_work_and_the_machine():
+    rate = {"gemm_tflops": 2.0, "copy_gbs": 10.0}
+    found = derived(Work(1e12, 3, 4, 10**9), 8.0, rate)
+    assert found["useful_tflops"] == 3 / 8
+    assert found["executed_tflops"] == 4 / 8
+    assert found["share_of_gemm"] == 1 / 4
+    assert found["gbs"] == 1 / 8
+    assert found["floor_ms"] == 1500  # three products; a gigabyte would take 100 ms
+    assert derived(Work(1e9, 1, 1, 10**9), 8.0, rate)["floor_ms"] == 100
 
 
 def test_the_clock_tells_what_was_measured_and_rounds_take_turns():

@@ -7,6 +7,8 @@ import sys
 from pathlib import Path
 
 import pytest
+from rivals import all_rivals
+from suite_cases import JOBS, Shape
 
 BENCH = Path(__file__).parents[2] / "bench"
 
@@ -27,11 +29,16 @@ def saved(tmp_path_factory):
     for name in ("entrocraft", "entrocraft_cache", "eager", "torch_compile", "trl", "liger_scaled"):
         assert f"SKIPPED [1] {name}" not in run.stdout
     report = json.loads(out.read_text())
-    return {one["extra_info"]["rival"]: one for one in report["benchmarks"]}, report["machine_info"]["entrocraft"]
+    skipped = {one["rival"]: one for one in report["skipped"]}
+    return (
+        {one["extra_info"]["rival"]: one for one in report["benchmarks"]},
+        report["machine_info"]["entrocraft"],
+        skipped,
+    )
 
 
 def test_all_contenders_of_a_job_are_in_one_group(saved):
-    entries, machine = saved
+    entries, machine, _ = saved
     assert set(entries) == {
         "entrocraft", "entrocraft_cache", "entrocraft_policy_loss", "eager_fp32", "eager_bf16", "torch_compile",
         "trl_chunked", "liger_scaled_ce",
@@ -40,6 +47,16 @@ def test_all_contenders_of_a_job_are_in_one_group(saved):
     assert all(one["stats"]["rounds"] == 3 for one in entries.values())
     assert machine["versions"]["trl"] == "1.16.0"
     assert {"device", "commit", "threads"} <= set(machine)
+
+
+def test_everybody_else_was_skipped_with_a_reason(saved):
+    entries, _, skipped = saved
+    assert not set(entries) & set(skipped)
+    does = {rival.name: rival for rival in all_rivals() if rival.does("both", JOBS["both"])}
+    assert set(entries) | set(skipped) == set(does)
+    for name, one in skipped.items():
+        reason = does[name].why_not(Shape(96, 32, 2000), "cpu")
+        assert one == {"rival": name, "group": None, "reason": reason}
 
 
 def test_errors_are_recorded_and_ours_are_the_smallest(saved):
@@ -95,16 +112,17 @@ def test_a_rival_that_should_run_and_does_not_fails(tmp_path):
 def test_the_other_benchmarks_run_and_nobody_is_left_out(tmp_path):
     out = tmp_path / "made" / "rest.json"
     files = [BENCH / f"bench_{name}.py" for name in ("logits_logprob", "policy_loss", "scoring", "rejection")]
-    small = ("--heads", "tiny", "--tokens", 64, "--device", "cpu", "--bench-rounds", 2)
+    small = ("--heads", "tiny", "--tokens", 200, "--device", "cpu", "--bench-rounds", 2)  # a ragged T
     run = run_bench("bench_train_step.py", *files, *small, f"--benchmark-json={out}")
     assert run.returncode == 0, run.stdout + run.stderr
-    assert "skipped" not in run.stdout
+    report = json.loads(out.read_text())
+    assert {one["rival"] for one in report["skipped"]} <= {"flash_attn_ce"}  # what wants a GPU
     found = {
-        (one["group"].split(" tiny")[0], one["extra_info"]["rival"]): one
-        for one in json.loads(out.read_text())["benchmarks"]
+        (one["group"].replace(" tiny T=200 V=512", ""), one["extra_info"]["rival"]): one for one in report["benchmarks"]
     }
     rivals = {
-        "logits": {"entrocraft", "eager", "torch_compile", "trl"},
+        "logits both": {"entrocraft", "eager", "torch_compile", "trl"},
+        "logits logprob": {"entrocraft", "eager", "trl"},
         "policy loss": {"entrocraft_policy_loss", "entrocraft_two_steps", "eager_fp32", "eager_bf16", "trl_chunked",
                         "liger_chunked_grpo"},
         "scoring": {"entrocraft", "eager", "trl_rows", "trl_chunked"},
@@ -113,6 +131,13 @@ def test_the_other_benchmarks_run_and_nobody_is_left_out(tmp_path):
     }  # fmt: skip
     for group, names in rivals.items():
         assert {rival for name, rival in found if name == group} == names
+    rates = {"useful_tflops", "executed_tflops", "share_of_gemm", "gbs", "floor_ms", "gemm_tflops"}
+    has = {"policy loss": rates, "scoring": rates, "logits both": {"gbs", "floor_ms"}}
+    has["train step"] = {"useful_tflops", "floor_ms"}
+    for (group, _), one in found.items():
+        info = one["extra_info"]
+        assert has.get(group, set()) <= set(info), group
+        assert all(info[name] > 0 for name in has.get(group, set())), group
     for (group, rival), one in found.items():
         assert one["stats"]["rounds"] == 2, (group, rival)
         assert all(0 <= error < 1 for error in one["extra_info"]["errors"].values()), (group, rival)
