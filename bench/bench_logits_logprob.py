@@ -18,7 +18,8 @@ import pytest
 import torch
 from head_cases import relative_error
 from rivals import load
-from suite_cases import JOBS, Shape, make_operands, shapes
+from suite_cases import JOBS, Shape, make_operands
+from suite_choice import chosen, spread
 from suite_contest import CLOCK, Contender, Measured, compete, record
 from suite_errors import value_errors
 from torch import Tensor
@@ -68,7 +69,7 @@ def _case(shape: Shape, device: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 
 @functools.lru_cache(maxsize=1)
-def group(shape: Shape, device: str, rounds: int) -> dict[str, Measured | str]:
+def group(shape: Shape, device: str, rounds: int, names: tuple[str, ...]) -> dict[str, Measured | str]:
     """All contenders that are installed, on one set of bf16 logits."""
     logit_TV, target_T, up_T, of_entropy_T = _case(shape, device)
     rows = slice(0, 64)
@@ -89,7 +90,7 @@ def group(shape: Shape, device: str, rounds: int) -> dict[str, Measured | str]:
 
     field = {}
     for name, (call, settings, package, bound) in CALLS.items():
-        if package is None or importlib.util.find_spec(package):
+        if name in names and (package is None or importlib.util.find_spec(package)):
             limits = {"logprob_mean": bound, "entropy_mean": bound, "logits_grad": 1e-2 if bound < 0.1 else 0.2}
             field[name] = Contender(functools.partial(run, call), settings, errors, limits)
     return compete(field, device, rounds)
@@ -97,11 +98,7 @@ def group(shape: Shape, device: str, rounds: int) -> dict[str, Measured | str]:
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """A benchmark for each head, T and contender."""
-    config: Any = metafunc.config
-    sizes = shapes(*map(config.getoption, ("heads", "tokens", "vocab")))
-    cases = [(head, shape, name) for head, shape in sizes for name in CALLS]
-    ids = [f"{head}-T{shape.T}-V{shape.V}-{name}" for head, shape, name in cases]
-    metafunc.parametrize(("head", "shape", "name"), cases, ids=ids)
+    spread(metafunc, CALLS)
 
 
 @pytest.mark.benchmark(timer=CLOCK)
@@ -111,7 +108,8 @@ def bench_logits_logprob(
     """Forward and backward of log-probability and entropy, from bf16 logits."""
     config: Any = request.config
     device = config.getoption("device")
-    found = group(shape, device, 1 if benchmark.disabled else config.getoption("bench_rounds"))
+    rounds = 1 if benchmark.disabled else config.getoption("bench_rounds")
+    found = group(shape, device, rounds, chosen(config, CALLS))
     if name not in found:
         (pytest.fail if device == "cpu" else pytest.skip)(f"{CALLS[name][2]} is not installed")
     benchmark.group = f"logits {head} T={shape.T} V={shape.V}"

@@ -17,7 +17,8 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from rivals import Answer, load
-from suite_cases import JOBS, Operands, Shape, make_operands, shapes
+from suite_cases import JOBS, Operands, Shape, make_operands
+from suite_choice import chosen, spread
 from suite_contest import CLOCK, Contender, Measured, compete, record
 from suite_errors import Truth
 from torch import Tensor
@@ -135,7 +136,7 @@ CALLS: dict[str, tuple[Callable[[Batch], Made], str, str | None, float, int]] = 
 
 
 @functools.lru_cache(maxsize=1)
-def group(shape: Shape, device: str, rounds: int) -> dict[str, Measured | str]:
+def group(shape: Shape, device: str, rounds: int, names: tuple[str, ...]) -> dict[str, Measured | str]:
     """All contenders that are installed, on one batch."""
     batch = make_batch(shape, device)
     objective = batch.objective()
@@ -158,18 +159,14 @@ def group(shape: Shape, device: str, rounds: int) -> dict[str, Measured | str]:
             dict.fromkeys(("loss", "hidden_grad", "weight_grad"), bound),
         )
         for name, (call, settings, package, bound, _) in CALLS.items()
-        if package is None or importlib.util.find_spec(package)
+        if name in names and (package is None or importlib.util.find_spec(package))
     }
     return compete(field, device, rounds)
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """A benchmark for each head, T and contender."""
-    config: Any = metafunc.config
-    sizes = shapes(*map(config.getoption, ("heads", "tokens", "vocab")))
-    cases = [(head, shape, name) for head, shape in sizes for name in CALLS]
-    ids = [f"{head}-T{shape.T}-V{shape.V}-{name}" for head, shape, name in cases]
-    metafunc.parametrize(("head", "shape", "name"), cases, ids=ids)
+    spread(metafunc, CALLS)
 
 
 @pytest.mark.benchmark(timer=CLOCK)
@@ -179,7 +176,8 @@ def bench_policy_loss(
     """Loss and gradients of hidden and weight."""
     config: Any = request.config
     device = config.getoption("device")
-    found = group(shape, device, 1 if benchmark.disabled else config.getoption("bench_rounds"))
+    rounds = 1 if benchmark.disabled else config.getoption("bench_rounds")
+    found = group(shape, device, rounds, chosen(config, CALLS))
     if name not in found:
         (pytest.fail if device == "cpu" else pytest.skip)(f"{CALLS[name][2]} is not installed")
     benchmark.group = f"policy loss {head} T={shape.T} V={shape.V}"

@@ -15,6 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from suite_journal import recover
+
 BENCH = Path(__file__).resolve().parent
 MINUTES = 8.0
 LEAST_S = 25.0  # a stage that has less is not begun
@@ -116,6 +118,8 @@ def run_stage(stage: Stage, out: Path, seconds: float) -> dict[str, Any]:
         finally:
             process.kill()
             process.wait()
+    if stage.script.startswith("bench_"):
+        recover(out / f"{stage.name}.json")
     took = round(time.monotonic() - started, 1)
     said = {0: "done", None: f"cut off after {seconds:.0f} s"}.get(
         code, f"failed, exit status {code}: {stage.name}.log"

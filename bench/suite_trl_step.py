@@ -28,8 +28,8 @@ from typing import Any, NamedTuple
 import torch
 from rivals import load
 from suite_cases import HEADS
-from suite_contest import Stopwatch
 from suite_machine import machine
+from suite_watch import Stopwatch
 from torch import Tensor
 
 Update = Callable[[], tuple[float, float]]  # loss and norm of the gradient
