@@ -248,3 +248,33 @@ def test_a_torch_without_the_linear_cross_entropy_says_so_and_need_not_have_it()
     run = subprocess.run([sys.executable, "-c", script], cwd=BENCH, capture_output=True, text=True, timeout=100)
     version = torch.__version__.partition("+")[0]
     assert run.stdout.strip() == f"torch {version} has no torch.nn.functional.linear_cross_entropy False True"
+
+
+CARRIED = {  # a package laid out like verl, whose own imports lack something
+    "__init__.py": "import ray_that_was_not_carried\n",
+    "utils/__init__.py": "import tensordict_that_was_not_carried\n",
+    "utils/device.py": "from verl.plugin import FACTOR\n",
+    "plugin/__init__.py": "FACTOR = 3\n",
+    "utils/kernel/__init__.py": "",
+    "utils/kernel/kernels.py": "from verl.utils.device import FACTOR\n\ndef times(x):\n    return FACTOR * x\n",
+    "utils/kernel/linear_cross_entropy.py": (
+        "def linear_cross_entropy(x):\n    from . import kernels\n    return kernels.times(x)\n"
+    ),
+}
+
+
+def test_kernels_of_a_package_that_cannot_be_imported_whole_are_loaded_and_called(tmp_path):
+    for name, text in CARRIED.items():
+        path = tmp_path / "verl" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    script = (
+        "import rivals_packages as packages\n"
+        "print(packages._verl_triton_call()(14))\n"
+        "one = {rival.name: rival for rival in packages.PACKAGES}['verl_triton']\n"
+        "print(one.why_not(128, 512, 'cpu'))\n"
+    )
+    environ = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])}
+    command = [sys.executable, "-c", script]
+    run = subprocess.run(command, cwd=BENCH, capture_output=True, text=True, timeout=100, env=environ)
+    assert run.stdout.splitlines() == ["42", "it has no path on a CPU"], run.stderr
