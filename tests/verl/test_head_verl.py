@@ -45,7 +45,8 @@ import importlib.util
 import rivals_packages
 call = rivals_packages._verl_triton_call()
 from verl.utils.kernel import kernels
-print(call.__self__.__module__, kernels.efficient_entropy_forward.__name__, importlib.util.find_spec("verl").submodule_search_locations[0])
+place = importlib.util.find_spec("verl").submodule_search_locations[0]
+print(call.__self__.__module__, kernels.efficient_entropy_forward.__name__, place)
 """
 
 
