@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from suite_journal import JOURNAL
-from suite_watch import Stopwatch, Thunk
+from suite_watch import Stopwatch, Thunk, out_of_memory
 from torch import Tensor
 
 
@@ -136,7 +136,7 @@ def _attempt(name: str, ours: bool, call: Thunk) -> str | None:
     except Exception as error:
         if ours:
             raise
-        if "out of memory" in str(error).lower() or "ALLOC_FAILED" in str(error):  # as libraries and compilers wrap it
+        if out_of_memory(str(error)):
             return f"{name} does not fit into this machine's memory: {_first_line(error)}"
         return f"{name} failed: {_first_line(error)}"
     return None

@@ -79,7 +79,7 @@ def long() -> list[Stage]:
     sizes = "--tokens 2048 8192 32768 --vocab 32768 65536 131072 262144"
     stages.append(head("scaling", f"--heads qwen3_4b {sizes} --jobs both statistics --data peaked", 3600.0))
     stages += [*_rest(thirty.partition(" --data")[0])]
-    step = "--head qwen3_4b --layers 4 --prompt 128 --response 512 --rollouts 64 --microbatch 16 --largest"
+    step = "--head qwen3_4b --layers 4 --prompt 128 --response 512 --rollouts 64 --microbatch 8 16 32 --largest"
     stages.append(Stage("step_against_trl", "suite_trl_step.py", tuple(step.split()), 1800.0))
     every = ("--sections", "tiles", "sanitizer", "profile", "speed", "zero_rows", "memory")
     return [*stages, Stage("measure_head", "measure_head.py", every, 1800.0)]
