@@ -1,4 +1,4 @@
-"""`entrocraft bench`: saved benchmarks as tables. Reads what pytest-benchmark and bench/compare_head_cpu.py write."""
+"""`entrocraft bench`: saved benchmarks as tables."""
 
 import json
 import math
@@ -41,47 +41,98 @@ class Saved:
         return found
 
 
+WRITERS = (
+    "expected a file written by `pytest bench --benchmark-json=FILE`, bench/compare_head_cpu.py --out or "
+    "bench/suite_trl_step.py --out"
+)
+
+
 def load_results(path: Path) -> Saved:
-    """Raises FileNotFoundError, and ValueError for a file that holds no benchmark, saying what writes one."""
+    """Raises FileNotFoundError, and ValueError for a file that holds no benchmark or is not laid out like one, naming
+    the file, what is wrong with it, and what writes one."""
+    if path.is_dir():
+        raise ValueError(f"{path} is a folder; {WRITERS}")
     try:
         report = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{path} does not exist; {WRITERS}") from None
+    except UnicodeDecodeError:
+        raise ValueError(f"{path} is no text; {WRITERS}") from None
     except json.JSONDecodeError as error:
-        raise ValueError(f"{path} is not JSON: {error}") from None
+        raise ValueError(f"{path} is not JSON: {error}; {WRITERS}") from None
     found: Saved | None = None
-    if isinstance(report, dict) and "benchmarks" in report:
-        machine = report.get("machine_info", {})
-        rows = [
-            Row(
-                group=one.get("group") or one["name"],
-                rival=one["extra_info"].get("rival", one["name"]),
-                seconds=one["stats"]["median"],
-                info=one["extra_info"],
-            )
-            for one in report["benchmarks"]
-        ]
-        found = Saved(path=path, machine=machine.get("entrocraft", machine), rows=rows)
-    elif isinstance(report, dict) and "results" in report and "size" in report:
-        found = _head_on_a_cpu(path, report)
+    try:
+        if isinstance(report, dict) and "benchmarks" in report:
+            found = _benchmarks(path, report)
+        elif isinstance(report, dict) and "results" in report and "size" in report:
+            found = _alone(path, report)
+    except _LaidOutOtherwise as error:
+        raise ValueError(f"{path}: {error}; {WRITERS}") from None
     if found is None or not found.rows:
-        raise ValueError(
-            f"{path} holds no benchmark; expected a file written by `pytest bench --benchmark-json=FILE`, "
-            "bench/compare_head_cpu.py --out or bench/suite_trl_step.py --out"
-        )
+        raise ValueError(f"{path} holds no benchmark; {WRITERS}")
     return found
 
 
-def _head_on_a_cpu(path: Path, report: dict[str, Any]) -> Saved:
-    """bench/compare_head_cpu.py and bench/suite_trl_step.py: one group, each contender measured in its own process."""
-    size = {key: value for key, value in report["size"].items() if key != "dtype"}
+class _LaidOutOtherwise(Exception):
+    """What a file has and what was expected there."""
+
+
+def _of_kind(value: Any, kind: type, where: str) -> Any:
+    """The value, which must be a dict, list or number. bool is no number."""
+    kinds = {dict: "an object", list: "a list", float: "a number"}
+    if isinstance(value, (int, float) if kind is float else kind) and not isinstance(value, bool):
+        return value
+    told = "nothing" if value is None else json.dumps(value)
+    raise _LaidOutOtherwise(f"{where} is {told[:40]}, expected {kinds[kind]}")
+
+
+def _machine(report: dict[str, Any], key: str) -> dict[str, Any]:
+    """What the file says of its machine; nothing where it says nothing."""
+    machine = _of_kind(report.get(key, {}), dict, key)
+    versions = _of_kind(machine.get("versions", {}), dict, f"{key}: versions")
+    return {**machine, "versions": versions}
+
+
+def _benchmarks(path: Path, report: dict[str, Any]) -> Saved:
+    """A file of pytest-benchmark."""
     rows = []
-    for name, one in report["results"].items():
-        if "seconds" in one:
+    for number, one in enumerate(_of_kind(report["benchmarks"], list, "benchmarks")):
+        where = f"benchmarks[{number}]"
+        _of_kind(one, dict, where)
+        info = _of_kind(one.get("extra_info", {}), dict, f"{where}: extra_info")
+        stats = _of_kind(one.get("stats"), dict, f"{where}: stats")
+        name = one.get("name") or where
+        seconds = _of_kind(stats.get("median"), float, f"{where}: stats: median")
+        rows.append(Row(group=one.get("group") or name, rival=info.get("rival", name), seconds=seconds, info=info))
+    machine = _of_kind(report.get("machine_info", {}), dict, "machine_info")
+    return Saved(path=path, machine=_machine(machine, "entrocraft") if "entrocraft" in machine else machine, rows=rows)
+
+
+def _alone(path: Path, report: dict[str, Any]) -> Saved:
+    """bench/compare_head_cpu.py and bench/suite_trl_step.py: one group, each contender measured in its own process."""
+    size = {key: value for key, value in _of_kind(report["size"], dict, "size").items() if key != "dtype"}
+    rows = []
+    for name, one in _of_kind(report["results"], dict, "results").items():
+        where = f"results: {name}"
+        if "seconds" in _of_kind(one, dict, where):
             taken = one["seconds"] if isinstance(one["seconds"], list) else [one["seconds"]]
+            if not taken:
+                raise _LaidOutOtherwise(f"{where}: seconds is [], expected those of a round at least")
+            for seconds in taken:
+                _of_kind(seconds, float, f"{where}: seconds")
             info = {"peak_bytes": one.get("transient_bytes", one.get("peak_bytes")), **size}
-            info |= {"largest_batch": one["largest_batch"]} if "largest_batch" in one else {}
+            info |= {key: one[key] for key in ("best_microbatch",) if key in one}
+            info |= {"largest_batch": _batch(one)} if "largest_batch" in one else {}
             rows.append(Row(group=_words(size), rival=name, seconds=statistics.median(taken), info=info))
-    machine = {"device": report["machine"].get("cpu"), **report["machine"]}
-    return Saved(path=path, machine=machine, rows=rows)
+    machine = _machine(report, "machine")
+    return Saved(path=path, machine={"device": machine.get("cpu"), **machine}, rows=rows)
+
+
+def _batch(one: dict[str, Any]) -> str:
+    """The largest batch, whether there may be a larger one, and in how much memory."""
+    limit = one.get("limit_gb")
+    least = ">= " if one.get("largest_batch_capped") else ""
+    return f"{least}{one['largest_batch']:,}" + (f" in {limit:g} GB" if limit else "")
 
 
 def _words(size: dict[str, Any]) -> str:
@@ -119,16 +170,19 @@ def _short(value: float) -> str:
     return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
-def _ms(row: Row) -> str:
+def milliseconds(row: Row) -> str:
+    """The median, as a table has it."""
     return _short(1e3 * row.seconds)
 
 
-def _mib(row: Row) -> str:
+def mebibytes(row: Row) -> str:
+    """The peak; empty where it was not measured."""
     size = row.info.get("peak_bytes")
     return "" if size is None else _short(size / MIB)
 
 
-def _ratio(value: float | None, base: float | None) -> str:
+def quotient(value: float | None, base: float | None) -> str:
+    """Empty where one of the two is not known."""
     return f"{value / base:.3g}" if value is not None and base else ""
 
 
@@ -141,11 +195,11 @@ def _number(key: str, text: Callable[[Any], str]) -> Callable[[Row, Row], str]:
 
 
 COLUMNS: dict[str, Callable[[Row, Row], str]] = {
-    "ms": lambda row, base: _ms(row),
-    "ratio": lambda row, base: _ratio(row.seconds, base.seconds),
+    "ms": lambda row, base: milliseconds(row),
+    "ratio": lambda row, base: quotient(row.seconds, base.seconds),
     "cold ms": _number("cold_ms", _short),
-    "MiB": lambda row, base: _mib(row),
-    "ratio of MiB": lambda row, base: _ratio(row.info.get("peak_bytes"), base.info.get("peak_bytes")),
+    "MiB": lambda row, base: mebibytes(row),
+    "ratio of MiB": lambda row, base: quotient(row.info.get("peak_bytes"), base.info.get("peak_bytes")),
     "useful TFLOP/s": _number("useful_tflops", "{:.3g}".format),
     "executed": _number("executed_tflops", "{:.3g}".format),
     "of GEMM": _number("share_of_gemm", "{:.0%}".format),
@@ -156,6 +210,7 @@ COLUMNS: dict[str, Callable[[Row, Row], str]] = {
     "dX error": _number("hidden_grad", "{:.1e}".format),
     "dW error": _number("weight_grad", "{:.1e}".format),
     "same bits": _number("repeats", lambda same: "yes" if same else "no"),
+    "micro-batch": _number("best_microbatch", str),
     "largest batch": _number("largest_batch", str),
 }
 
@@ -198,7 +253,7 @@ def about(saved: Saved) -> str:
     return f"{', '.join(where)}; commit {machine.get('commit') or 'unknown'}; {versions or 'versions unknown'}"
 
 
-def _aligned(lines: list[list[str]], left: int) -> list[str]:
+def aligned(lines: list[list[str]], left: int) -> list[str]:
     """Columns of one width, the first `left` of them flush left."""
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     sides = [str.ljust if i < left else str.rjust for i in range(len(widths))]
@@ -210,7 +265,7 @@ def as_text(saved: Saved) -> str:
     """Every group as aligned columns."""
     parts = [about(saved)]
     for group, rows in saved.groups().items():
-        parts.append("\n".join([group, *_aligned(cells(rows), 1), _below(rows, saved.machine)]).rstrip())
+        parts.append("\n".join([group, *aligned(cells(rows), 1), _below(rows, saved.machine)]).rstrip())
     return "\n\n".join([*parts, _settings(saved)]).rstrip()
 
 
@@ -225,18 +280,3 @@ def as_markdown(saved: Saved) -> str:
         below = _below(rows, saved.machine)
         parts.append("\n".join(table) + (f"\n\n{below}" if below else ""))
     return "\n\n".join([*parts, f"Measured on {about(saved)}.", _settings(saved)]).rstrip()
-
-
-def as_comparison(before: Saved, after: Saved) -> str:
-    """Groups and contenders that both files have: milliseconds, memory and their ratios, after over before."""
-    there = {(row.group, row.rival): row for row in before.rows}
-    lines = [["", "", "ms before", "after", "ratio", "MiB before", "after", "ratio"]]
-    for row in after.rows:
-        old = there.get((row.group, row.rival))
-        if old is not None:
-            times = [_ms(old), _ms(row), _ratio(row.seconds, old.seconds)]
-            sizes = [_mib(old), _mib(row), _ratio(row.info.get("peak_bytes"), old.info.get("peak_bytes"))]
-            lines.append([row.group, row.rival, *times, *sizes])
-    if len(lines) == 1:
-        raise ValueError(f"{before.path} and {after.path} have no benchmark in common")
-    return "\n".join([f"before: {about(before)}", f"after:  {about(after)}", "", *_aligned(lines, 2)])
