@@ -37,7 +37,8 @@ def limit_memory(device: str, limit_gb: float) -> None:
     if device == "cuda":
         torch.cuda.set_per_process_memory_fraction(limit_gb * GB / torch.cuda.get_device_properties(0).total_memory)
     else:
-        resource.setrlimit(resource.RLIMIT_DATA, (int(limit_gb * GB),) * 2)
+        size = int(limit_gb * GB)
+        resource.setrlimit(resource.RLIMIT_DATA, (size, size))
 
 
 def alone(name: str, size: Size, device: str, *options: str) -> dict[str, Any]:

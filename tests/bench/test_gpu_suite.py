@@ -54,7 +54,8 @@ def bare(tmp_path_factory):
     (site,) = folder.glob("lib/python*/site-packages")
     for one in distributions(NEEDED).values():
         for top in {path.parts[0] for path in one.files or () if path.parts[0] not in ("..", "__pycache__")}:
-            (site / top).exists() or (site / top).symlink_to(Path(str(one.locate_file(top))).resolve())
+            if not (site / top).exists():
+                (site / top).symlink_to(Path(str(one.locate_file(top))).resolve())
     absent = subprocess.run([folder / "bin/python", "-c", "import transformers"], capture_output=True, text=True)
     assert "No module named 'transformers'" in absent.stderr
     return folder / "bin" / "python"
