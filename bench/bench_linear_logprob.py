@@ -11,33 +11,38 @@ table do not: errors, memory, rates, bits. `entrocraft bench FILE.json` prints i
 from __future__ import annotations
 
 import functools
+import itertools
 import statistics
 from typing import Any
 
 import pytest
 from rivals import ALWAYS, Rival, all_rivals, run
 from suite_cases import JOBS, Job, Shape, make_operands, shapes
+from suite_choice import chosen, nobody
 from suite_contest import CLOCK, Contender, Measured, compete, record
 from suite_errors import Truth, bounds
 from suite_rates import Work, derived
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """A benchmark for each head, T, job, kind of data and contender that does the job."""
+    """A benchmark for each head, T, job, kind of data and contender that does the job; one that was named and does not
+    do it is skipped with its reason."""
     config: Any = metafunc.config
-    cases, names = [], []
     if "contender" not in metafunc.fixturenames:
         return
-    wanted = config.getoption("rivals")
+    rivals = {rival.name: rival for rival in all_rivals()}
+    named, cases = config.getoption("rivals") is not None, []
     for head, shape in shapes(*map(config.getoption, ("heads", "tokens", "vocab"))):
         for job_name in config.getoption("jobs"):
             kinds = config.getoption("data") or ("peaked", *(["random"] if job_name == "both" else []))
-            for data in kinds:
-                for rival in all_rivals():
-                    if rival.does(job_name, JOBS[job_name]) and (wanted is None or rival.name in wanted):
-                        cases.append((head, shape, job_name, data, rival))
-                        names.append(f"{head}-T{shape.T}-V{shape.V}-{job_name}-{data}-{rival.name}")
-    metafunc.parametrize(("head", "shape", "job_name", "data", "contender"), cases, ids=names)
+            for data, name in itertools.product(kinds, chosen(config, rivals)):
+                reason = rivals[name].declines(job_name, JOBS[job_name])
+                marks = [] if reason is None else [pytest.mark.skip(reason=f"{name} {reason}")]
+                if reason is None or named:
+                    test = f"{head}-T{shape.T}-V{shape.V}-{job_name}-{data}-{name}"
+                    cases.append(pytest.param(head, shape, job_name, data, rivals[name], id=test, marks=marks))
+    arguments = ("head", "shape", "job_name", "data", "contender")
+    metafunc.parametrize(arguments, cases or [nobody(config, len(arguments), rivals)])
 
 
 @pytest.mark.benchmark(timer=CLOCK)

@@ -19,6 +19,7 @@ import torch
 from head_cases import relative_error
 from rivals import Answer, load
 from suite_cases import JOBS, Shape, make_operands, shapes
+from suite_choice import chosen, nobody
 from suite_contest import CLOCK, Contender, Measured, compete, record
 from suite_errors import value_errors
 from torch import Tensor
@@ -99,7 +100,7 @@ def _case(shape: Shape, device: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 
 @functools.lru_cache(maxsize=1)
-def group(shape: Shape, job: str, device: str, rounds: int) -> dict[str, Measured | str]:
+def group(shape: Shape, job: str, device: str, rounds: int, names: tuple[str, ...]) -> dict[str, Measured | str]:
     """All contenders that run here, on one set of bf16 logits."""
     logit_TV, target_T, up_T, of_entropy_T = _case(shape, device)
     rows, entropy = slice(0, 64), job == "both"
@@ -132,23 +133,26 @@ def group(shape: Shape, job: str, device: str, rounds: int) -> dict[str, Measure
         limits = {"logprob_mean": call.error, "entropy_mean": call.error, "logits_grad": gradient}
         return Contender(functools.partial(run, call), call.settings, errors, limits)
 
-    field = {name: contender(call) for name, call in CALLS.items() if job in call.jobs and not call.why_not(device)}
+    field = {
+        name: contender(call)
+        for name, call in CALLS.items()
+        if name in names and job in call.jobs and not call.why_not(device)
+    }
     return compete(field, device, rounds)
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """A benchmark for each head, T, job and contender."""
+    """A benchmark for each head, T, job and chosen contender."""
     config: Any = metafunc.config
     sizes = shapes(*map(config.getoption, ("heads", "tokens", "vocab")))
     cases = [
-        (head, shape, job, name)
+        pytest.param(head, shape, job, name, id=f"{head}-T{shape.T}-V{shape.V}-{job}-{name}")
         for head, shape in sizes
         for job in ("both", "logprob")
-        for name, call in CALLS.items()
-        if job in call.jobs
+        for name in chosen(config, CALLS)
+        if job in CALLS[name].jobs
     ]
-    ids = [f"{head}-T{shape.T}-V{shape.V}-{job}-{name}" for head, shape, job, name in cases]
-    metafunc.parametrize(("head", "shape", "job", "name"), cases, ids=ids)
+    metafunc.parametrize(("head", "shape", "job", "name"), cases or [nobody(config, 4, CALLS)])
 
 
 @pytest.mark.benchmark(timer=CLOCK)
@@ -161,7 +165,8 @@ def bench_logits_logprob(
     reason = CALLS[name].why_not(device)
     if reason is not None:
         (pytest.skip if CALLS[name].gpu or device == "cuda" else pytest.fail)(f"{name}: {reason}")
-    found = group(shape, job, device, 1 if benchmark.disabled else config.getoption("bench_rounds"))
+    rounds = 1 if benchmark.disabled else config.getoption("bench_rounds")
+    found = group(shape, job, device, rounds, chosen(config, CALLS))
     benchmark.group = f"logits {head} T={shape.T} V={shape.V} {job}"
     info: dict[str, Any] = {"head": head, **shape._asdict(), "job": f"logits {job}", "data": "peaked"}
     moved = 3 * 2 * shape.T * shape.V

@@ -19,7 +19,8 @@ import pytest
 import torch
 from rivals import Answer, leaves, load
 from rivals_trl import chunked_logprob, chunked_setting
-from suite_cases import JOBS, Operands, Shape, make_operands, shapes
+from suite_cases import JOBS, Operands, Shape, make_operands
+from suite_choice import chosen, spread
 from suite_contest import CLOCK, Contender, Measured, compete, record
 from suite_errors import Truth
 from suite_rates import Work, derived
@@ -164,7 +165,7 @@ def limits(call: Call) -> dict[str, float]:
 
 
 @functools.lru_cache(maxsize=1)
-def group(shape: Shape, device: str, rounds: int) -> dict[str, Measured | str]:
+def group(shape: Shape, device: str, rounds: int, names: tuple[str, ...]) -> dict[str, Measured | str]:
     """All contenders that are installed, on one batch."""
     batch = make_batch(shape, device)
     objective = batch.objective()
@@ -183,18 +184,14 @@ def group(shape: Shape, device: str, rounds: int) -> dict[str, Measured | str]:
     field = {
         name: Contender(functools.partial(call.make, batch), call.settings, errors, limits(call))
         for name, call in CALLS.items()
-        if call.package is None or importlib.util.find_spec(call.package)
+        if name in names and (call.package is None or importlib.util.find_spec(call.package))
     }
     return compete(field, device, rounds)
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """A benchmark for each head, T and contender."""
-    config: Any = metafunc.config
-    sizes = shapes(*map(config.getoption, ("heads", "tokens", "vocab")))
-    cases = [(head, shape, name) for head, shape in sizes for name in CALLS]
-    ids = [f"{head}-T{shape.T}-V{shape.V}-{name}" for head, shape, name in cases]
-    metafunc.parametrize(("head", "shape", "name"), cases, ids=ids)
+    spread(metafunc, CALLS)
 
 
 @pytest.mark.benchmark(timer=CLOCK)
@@ -204,7 +201,8 @@ def bench_policy_loss(
     """Loss and gradients of hidden and weight."""
     config: Any = request.config
     device = config.getoption("device")
-    found = group(shape, device, 1 if benchmark.disabled else config.getoption("bench_rounds"))
+    rounds = 1 if benchmark.disabled else config.getoption("bench_rounds")
+    found = group(shape, device, rounds, chosen(config, CALLS))
     if name not in found:
         (pytest.fail if device == "cpu" else pytest.skip)(f"{name}: {CALLS[name].package} is not installed")
     benchmark.group = f"policy loss {head} T={shape.T} V={shape.V}"

@@ -118,7 +118,7 @@ def group(rollouts: int, length: int, rounds: int) -> dict[str, Measured | str]:
         )
         for rule in RULES
     }
-    return compete(field, "cpu", rounds)
+    return compete(field, "cpu", rounds, ours=RULES)
 
 
 def _tensors(decide: Any, rule: str) -> tuple[torch.Tensor, torch.Tensor]:

@@ -20,7 +20,8 @@ import pytest
 import torch
 from rivals import load
 from rivals_trl import chunked_logprob, chunked_setting
-from suite_cases import Shape, shapes
+from suite_cases import Shape
+from suite_choice import chosen, spread
 from suite_contest import CLOCK, Contender, Measured, compete, record
 from suite_errors import value_errors
 from suite_rates import Work, derived
@@ -97,7 +98,7 @@ CALLS: dict[str, tuple[Call, str, str | None, float]] = {  # call, settings, pac
 
 @functools.lru_cache(maxsize=1)
 @torch.no_grad()
-def group(shape: Shape, device: str, rounds: int) -> dict[str, Measured | str]:
+def group(shape: Shape, device: str, rounds: int, names: tuple[str, ...]) -> dict[str, Measured | str]:
     """All contenders that are installed, on one model and one batch; the truth is the head in fp64 on its hidden."""
     model = make_model(shape, device)
     input_BL, target_T = make_batch(shape, device)
@@ -121,18 +122,14 @@ def group(shape: Shape, device: str, rounds: int) -> dict[str, Measured | str]:
             functools.partial(scored, call), settings, errors, {"logprob_mean": bound, "entropy_mean": bound}
         )
         for name, (call, settings, package, bound) in CALLS.items()
-        if package is None or importlib.util.find_spec(package)
+        if name in names and (package is None or importlib.util.find_spec(package))
     }
     return compete(field, device, rounds)
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """A benchmark for each head, T and contender."""
-    config: Any = metafunc.config
-    sizes = shapes(*map(config.getoption, ("heads", "tokens", "vocab")))
-    cases = [(head, shape, name) for head, shape in sizes for name in CALLS]
-    ids = [f"{head}-T{shape.T}-V{shape.V}-{name}" for head, shape, name in cases]
-    metafunc.parametrize(("head", "shape", "name"), cases, ids=ids)
+    spread(metafunc, CALLS)
 
 
 @pytest.mark.benchmark(timer=CLOCK)
@@ -142,7 +139,8 @@ def bench_scoring(
     """One pass over all tokens."""
     config: Any = request.config
     device = config.getoption("device")
-    found = group(shape, device, 1 if benchmark.disabled else config.getoption("bench_rounds"))
+    rounds = 1 if benchmark.disabled else config.getoption("bench_rounds")
+    found = group(shape, device, rounds, chosen(config, CALLS))
     if name not in found:
         (pytest.fail if device == "cpu" else pytest.skip)(f"{name}: {CALLS[name][2]} is not installed")
     benchmark.group = f"scoring {head} T={shape.T} V={shape.V}"

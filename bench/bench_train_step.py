@@ -15,9 +15,11 @@ from typing import Any
 import pytest
 import torch
 from suite_cases import HEADS, Shape
+from suite_choice import chosen, nobody
 from suite_contest import CLOCK, Contender, Measured, compete, record
 from suite_trl_step import Size, build, make_model, make_rollouts
 
+NAMES = ("entrocraft", "trl")
 SIZE = Size("tiny", layers=2, rollouts=8, prompt=16, response=32, microbatch=4)
 
 
@@ -49,12 +51,12 @@ def useful_operations(size: Size) -> float:
 
 
 @functools.lru_cache(maxsize=1)
-def group(device: str, rounds: int) -> dict[str, Measured | str]:
+def group(device: str, rounds: int, names: tuple[str, ...]) -> dict[str, Measured | str]:
     """Ours and TRL's. The first update is the one that is checked: the later ones start from other weights."""
     loss, norm = exact_update(SIZE, device)
     most = 1e-5 if device == "cpu" else 2e-2
     field = {}
-    for name in ("entrocraft", "trl"):
+    for name in names:
         update, _ = build(name, SIZE, device)
         first = update()
         errors = {"loss": abs(first[0] / loss - 1.0), "grad_norm": abs(first[1] / norm - 1.0)}
@@ -72,8 +74,13 @@ def _known(errors: dict[str, float], made: None) -> dict[str, float]:
     return errors
 
 
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """A benchmark for each contender."""
+    config: Any = metafunc.config
+    metafunc.parametrize("name", chosen(config, NAMES) or [nobody(config, 1, NAMES)])
+
+
 @pytest.mark.benchmark(timer=CLOCK)
-@pytest.mark.parametrize("name", ["entrocraft", "trl"])
 def bench_train_step(request: pytest.FixtureRequest, benchmark: Any, rates: Any, name: str) -> None:
     """One update of eight rollouts: forward, backward, clipping, AdamW."""
     config: Any = request.config
@@ -81,7 +88,7 @@ def bench_train_step(request: pytest.FixtureRequest, benchmark: Any, rates: Any,
     if device == "cuda":
         pytest.importorskip("transformers")
         pytest.importorskip("trl")
-    found = group(device, 1 if benchmark.disabled else config.getoption("bench_rounds"))
+    found = group(device, 1 if benchmark.disabled else config.getoption("bench_rounds"), chosen(config, NAMES))
     benchmark.group = "train step"
     info: dict[str, Any] = {"job": "train_step", "data": "random model", "repeats": None, **SIZE._asdict()}
     if isinstance(measured := found[name], Measured):

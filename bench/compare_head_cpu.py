@@ -33,7 +33,8 @@ from suite_contest import complaint
 from suite_errors import Truth, bounds
 from suite_machine import machine
 
-from entrocraft.train.bench_table import as_text, load_results
+from entrocraft.train.bench_file import load_results
+from entrocraft.train.bench_table import as_text
 
 JOB = JOBS["both"]
 NAMES = ("entrocraft", "entrocraft_cache", "eager_fp32", "eager_bf16", "verl_torch", "trl_chunked")

@@ -17,7 +17,9 @@ if str(BENCH) not in sys.path:  # its files import each other by name
     sys.path.insert(0, str(BENCH))
 
 from suite_cases import DATA, DTYPE, HEADS, JOBS  # noqa: E402
-from suite_contest import machine_rates  # noqa: E402
+from suite_choice import check_rivals, positive  # noqa: E402
+from suite_contest import machine_rates, room_for  # noqa: E402
+from suite_journal import JOURNAL, group_info  # noqa: E402
 from suite_machine import machine  # noqa: E402
 
 
@@ -26,20 +28,54 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("entrocraft's benchmarks")
     group.addoption("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
     group.addoption("--heads", nargs="+", choices=list(HEADS), default=["small"], help="named shapes (H, V)")
-    group.addoption("--tokens", nargs="+", type=int, default=[256], help="T; 16385 is a ragged one")
-    group.addoption("--vocab", nargs="+", type=int, default=[], help="V instead of the head's, for scaling")
+    group.addoption("--tokens", nargs="+", type=positive, default=[256], help="T; 16385 is a ragged one")
+    group.addoption("--vocab", nargs="+", type=positive, default=[], help="V instead of the head's, for scaling")
     group.addoption("--jobs", nargs="+", choices=list(JOBS), default=list(JOBS))
     group.addoption("--data", nargs="+", choices=DATA, default=None, help="default: peaked; for `both` random too")
     group.addoption("--rivals", nargs="+", default=None, help="names; default: all")
-    group.addoption("--bench-rounds", type=int, default=5, help="timed rounds, interleaved; 30 on a GPU")
+    group.addoption("--bench-rounds", type=positive, default=5, help="timed rounds, interleaved; 30 on a GPU")
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Rivals' warnings are their authors' affair, and a benchmark is no test of ours. The folder of a JSON is made."""
+    """Rivals' warnings are their authors' affair, and a benchmark is no test of ours. The folder of a JSON is made, and
+    the journal opened beside it.
+
+    Raises:
+        pytest.UsageError: a device that is not there, or a rival that nobody knows.
+    """
     config.addinivalue_line("filterwarnings", "ignore")
+    device = str(config.getoption("device"))
+    if device == "cuda" and not torch.cuda.is_available():
+        raise pytest.UsageError("--device cuda: torch sees no GPU here; leave it out, or use --device cpu")
+    check_rivals(config.getoption("rivals") or [])
     target = config.getoption("benchmark_json", None)
-    if isinstance(target, (str, Path)):
-        Path(target).parent.mkdir(parents=True, exist_ok=True)
+    if target is None or config.getoption("collectonly"):
+        return
+    opened = not isinstance(target, (str, Path))  # older pytest-benchmark opens it itself
+    path = Path(target.name if opened else target)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if not opened:
+        path.unlink(missing_ok=True)  # what stands there is of another run
+    JOURNAL.open(path, machine(device))
+
+
+def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
+    """A whole report needs no journal beside it."""
+    JOURNAL.close(whole=exitstatus in (pytest.ExitCode.OK, pytest.ExitCode.NO_TESTS_COLLECTED))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> Generator[None, object, object]:
+    """Tells the journal whose group is measured, and skips a group whose operands do not fit."""
+    callspec = getattr(pyfuncitem, "callspec", None)
+    params = callspec.params if callspec else {}
+    contender = params.get("contender", params.get("name", params.get("rule")))
+    contender = getattr(contender, "name", contender)
+    if contender is None:
+        return (yield)
+    JOURNAL.begin(pyfuncitem.name, contender, group_info(params))
+    with room_for(pyfuncitem.name.rpartition(contender)[0]):
+        return (yield)
 
 
 @pytest.fixture(scope="session")

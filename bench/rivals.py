@@ -22,6 +22,10 @@ from torch import Tensor
 from entrocraft.kernels import linear_logprob_entropy, linear_policy_loss
 
 EVERYTHING = frozenset({"upstream", "entropy", "entropy_grad", "row_temperature"})
+WORDS = {
+    "upstream": "gradient of each token", "entropy": "entropy", "entropy_grad": "gradient of the entropy",
+    "row_temperature": "temperature of each token",
+}  # fmt: skip
 KEEP_ALL = 1 << 40
 
 
@@ -46,6 +50,8 @@ class Rival:
     """What of a job's needs it can do."""
     packages: tuple[str, ...] = ()
     """Import names of what must be installed."""
+    torch_names: tuple[str, ...] = ()
+    """What it calls of torch, below `torch.nn`, that older versions lack."""
     gpu: bool = False
     """It has no path on a CPU."""
     capability: tuple[int, int] = (0, 0)
@@ -70,7 +76,15 @@ class Rival:
 
     def does(self, name: str, job: Job) -> bool:
         """Whether the job is one for it."""
-        return job.needs <= self.gives and (self.jobs is None or name in self.jobs)
+        return self.declines(name, job) is None
+
+    def declines(self, name: str, job: Job) -> str | None:
+        """Why the job is none for it; None if it is."""
+        if lacking := sorted(job.needs - self.gives):
+            return f"gives no {', '.join(WORDS[need] for need in lacking)}"
+        if self.jobs is not None and name not in self.jobs:
+            return f"is measured on {', '.join(sorted(self.jobs))} alone"
+        return None
 
     def why_not(self, shape: Shape, device: str) -> str | None:
         """The reason why it does not run here; None if it does."""
@@ -78,6 +92,9 @@ class Rival:
         missing = [package for package in self.packages if importlib.util.find_spec(package) is None]
         if missing:
             return f"{', '.join(missing)} is not installed"
+        for name in self.torch_names:
+            if not _torch_has(name):
+                return f"torch {torch.__version__.partition('+')[0]} has no torch.nn.{name}"
         if self.gpu and device != "cuda":
             return "it has no path on a CPU"
         if device == "cuda" and torch.cuda.get_device_capability() < self.capability:
@@ -102,6 +119,12 @@ class Rival:
             return 1.0
         gradients = job.gradients if self.honours_frozen else 2
         return 1.0 + (gradients + self.recomputes) * (1.0 - job.zero_rows if self.skips_rows else 1.0)
+
+
+def _torch_has(name: str) -> bool:
+    """Whether there is torch.nn.NAME."""
+    module, _, last = name.rpartition(".")
+    return hasattr(getattr(torch.nn, module) if module else torch.nn, last)
 
 
 @functools.cache
@@ -235,6 +258,7 @@ PLAIN = (
     ),
     Rival(
         name="torch_linear_cross_entropy", call=_torch_linear, gives=frozenset(), recomputes=False,
+        torch_names=("functional.linear_cross_entropy", "LinearCrossEntropyOptions"),
         settings="F.linear_cross_entropy, reduction mean, default LinearCrossEntropyOptions (chunks)",
         jobs=frozenset({"mean_loss"}),
     ),
@@ -248,8 +272,9 @@ def all_rivals() -> tuple[Rival, ...]:
     return (*OURS, *PLAIN, *PACKAGES)
 
 
-# On a CPU these run wherever the `bench` extra is installed: a skip of one of them is a failure.
+# On a CPU these run wherever the `bench` extra is installed: a skip of one of them is a failure. torch 2.11, the oldest
+# that this project takes, has no linear_cross_entropy yet.
 ALWAYS = frozenset(
-    {"entrocraft", "entrocraft_cache", "entrocraft_policy_loss", "eager_fp32", "eager_bf16", "torch_compile",
-     "torch_linear_cross_entropy", "trl_chunked", "liger_scaled_ce"}
+    {*(rival.name for rival in (*OURS, *PLAIN) if all(map(_torch_has, rival.torch_names))), "trl_chunked",
+     "liger_scaled_ce"}
 )  # fmt: skip

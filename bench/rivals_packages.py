@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import sys
+from importlib.machinery import ModuleSpec
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -63,8 +65,28 @@ def _verl_torch(operands: Operands, job: Job) -> Answer:
     return Answer(logprob_T, entropy_T.float())
 
 
+@functools.cache
+def _verl_triton_call() -> Any:
+    """Its linear_cross_entropy, which imports its kernels when it is called. Where verl itself cannot be imported (its
+    wheel was carried here without Ray), the packages on the way are entered without their own code."""
+    where = importlib.util.find_spec("verl")
+    try:
+        return load("verl.utils.kernel.linear_cross_entropy:linear_cross_entropy")
+    except ImportError:
+        if where is None or not where.submodule_search_locations:
+            raise
+    root = Path(where.submodule_search_locations[0])
+    for name in [name for name in sys.modules if name.partition(".")[0] == "verl"]:
+        del sys.modules[name]  # what the import had loaded before it failed
+    for inner in ((), ("utils",), ("utils", "kernel")):
+        spec = ModuleSpec(".".join(("verl", *inner)), None, is_package=True)
+        spec.submodule_search_locations = [str(root.joinpath(*inner))]
+        sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+    return load("verl.utils.kernel.linear_cross_entropy:linear_cross_entropy")
+
+
 def _verl_triton(operands: Operands, job: Job) -> Answer:
-    function: Any = load("verl.utils.kernel.linear_cross_entropy:linear_cross_entropy")
+    function = _verl_triton_call()
     return Answer(*function(*operands.case[:3], 1.0, "none"))
 
 

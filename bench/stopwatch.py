@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from head_cases import SHAPES, Case, make_case
+from suite_cases import DTYPE
 
 SPLIT = 16_384  # columns of the vocabulary that torch multiplies at a time
 Thunk = Callable[[], object]
@@ -21,7 +22,7 @@ class Bench:
     def __init__(self, shape: str, device: str, rounds: int) -> None:
         self.shape, self.device, self.rounds = shape, device, rounds
         self.T, self.H, self.V = SHAPES[shape]
-        self.dtype = torch.bfloat16
+        self.dtype = DTYPE
 
     @property
     def gpu(self) -> bool:

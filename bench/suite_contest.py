@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import statistics
-import time
-import warnings
-from collections.abc import Callable, Iterator
+import traceback
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import pytest
 import torch
+from suite_journal import JOURNAL
+from suite_watch import Stopwatch, Thunk, out_of_memory
 from torch import Tensor
 
-Thunk = Callable[[], object]
-FLUSH_BYTES = 256 << 20  # more than any last-level cache
 COLD_ROUNDS = 3  # of which a median is more than one sample
 
 
@@ -38,75 +38,10 @@ class Clock:
         self.now += next(self._coming, 0.0)
 
 
-class Stopwatch:
-    """Times and weighs calls on one device."""
-
-    def __init__(self, device: str) -> None:
-        self.device, self.gpu = device, device == "cuda"
-        self._flush: Tensor | None = None
-
-    def seconds(self, thunk: Thunk, *, cold: bool = False) -> float:
-        """One call, the device idle before and after; cold: caches were overwritten first."""
-        if cold:
-            if self._flush is None:
-                self._flush = torch.empty(FLUSH_BYTES if self.gpu else FLUSH_BYTES // 4, dtype=torch.uint8)
-                self._flush = self._flush.to(self.device)
-            self._flush.add_(1)
-        if not self.gpu:
-            started = time.perf_counter()
-            thunk()
-            return time.perf_counter() - started
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        torch.cuda.synchronize()
-        begin.record()
-        thunk()
-        end.record()
-        torch.cuda.synchronize()
-        return begin.elapsed_time(end) / 1e3
-
-    def peak_bytes(self, thunk: Thunk) -> int:
-        """What torch allocates during a call, at its highest, beyond what was there before and what is returned.
-
-        On a CPU it is the sum over torch's own allocations, as the profiler reports them; what a matrix library takes
-        for itself is not seen.
-        """
-        return self._peak_bytes_gpu(thunk) if self.gpu else _peak_bytes_cpu(thunk)
-
-    def _peak_bytes_gpu(self, thunk: Thunk) -> int:
-        torch.cuda.synchronize()
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        kept = thunk()
-        torch.cuda.synchronize()
-        peak, after = torch.cuda.max_memory_allocated(), torch.cuda.memory_allocated()
-        del kept
-        return peak - max(before, after)
-
-    def interleaved(self, thunks: dict[str, Thunk], rounds: int, *, cold: bool = False) -> dict[str, list[float]]:
-        """Seconds of each round of each, one after the other in every round, in turning order."""
-        names, taken = list(thunks), {name: [] for name in thunks}
-        for number in range(rounds):
-            turn = number % max(1, len(names))
-            for name in names[turn:] + names[:turn]:
-                taken[name].append(self.seconds(thunks[name], cold=cold))
-        return taken
-
-
-def _peak_bytes_cpu(thunk: Thunk) -> int:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-            kept = thunk()
-    assert profile.profiler is not None
-    assert profile.profiler.kineto_results is not None
-    events: list[Any] = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
-    now = highest = 0
-    for event in sorted(events, key=lambda event: event.start_ns()):
-        now += event.nbytes()
-        highest = max(highest, now)
-    del kept
-    return highest - max(0, now)
+def turned(names: list[str], number: int) -> list[str]:
+    """The order of a round: every contender comes first in its turn."""
+    turn = number % max(1, len(names))
+    return names[turn:] + names[:turn]
 
 
 def same_bits(first: object, second: object) -> bool:
@@ -174,43 +109,140 @@ def complaint(name: str, errors: dict[str, float], bounds: dict[str, float]) -> 
     return f"{name} is wrong and is not timed: {', '.join(wrong)}" if wrong else None
 
 
-def _checked(one: Contender) -> tuple[dict[str, float], bool]:
-    """Errors of a first call, which also compiles and warms up, and whether a second gives the same bits.
+def is_ours(name: str) -> bool:
+    """Whether a contender is this project's: what it raises is a fault here, and no reason to go on."""
+    return name.startswith("entrocraft")
+
+
+def _checked(one: Contender, watch: Stopwatch) -> tuple[dict[str, float], bool, float]:
+    """Errors of a first call, which also compiles and warms up; whether a second gives the same bits; its seconds.
 
     A function, so that no gradient outlives it to stand beside those of the next contender.
     """
-    first = one.thunk()
-    return one.errors(first), same_bits(first, one.thunk())
+    first, second = one.thunk(), []
+    errors = one.errors(first)
+    seconds = watch.seconds(lambda: second.append(one.thunk()))
+    return errors, same_bits(first, second[0]), seconds
 
 
-def compete(contenders: dict[str, Contender], device: str, rounds: int) -> dict[str, Measured | str]:
-    """Checks all, then times those that are right, in interleaved rounds with warm caches and a third as many with
-    cold ones, but three where there are as many; says of the others why they were not timed."""
-    watch = Stopwatch(device)
-    found: dict[str, Measured | str] = {}
-    infos: dict[str, dict[str, Any]] = {}
-    for name, one in contenders.items():
-        try:
-            errors, repeats = _checked(one)
-            wrong = complaint(name, errors, one.bounds)
-            if wrong is None:
-                peak = watch.peak_bytes(one.thunk)
-                infos[name] = {"settings": one.settings, "errors": errors, "repeats": repeats, "peak_bytes": peak}
-        except torch.OutOfMemoryError:
-            wrong = f"{name} does not fit into this machine's memory"
-        except ImportError as error:
-            wrong = f"{name} cannot be imported: {error}"
-        if wrong is not None:
-            found[name] = wrong
-        if watch.gpu:  # only here, when no traceback holds the frames of a call that did not fit any more
-            gc.collect()
+def _attempt(name: str, ours: bool, call: Thunk) -> str | None:
+    """Why a contender goes no further; None: it does. Ours may only be too large."""
+    try:
+        call()
+    except torch.OutOfMemoryError:
+        return f"{name} does not fit into this machine's memory"
+    except ImportError as error:
+        if ours:
+            raise
+        return f"{name} cannot be imported: {error}"
+    except Exception as error:
+        if ours:
+            raise
+        if out_of_memory(str(error)):
+            return f"{name} does not fit into this machine's memory: {_first_line(error)}"
+        return f"{name} failed: {_first_line(error)}"
+    return None
+
+
+def _first_line(error: Exception) -> str:
+    line = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
+    return f"{type(error).__name__}: {line[:200]}" if line else type(error).__name__
+
+
+class _Contest:
+    """One group on its way: who is still in it, and what is known of each."""
+
+    def __init__(self, contenders: dict[str, Contender], device: str, ours: frozenset[str]) -> None:
+        self.contenders, self.watch, self.ours = contenders, Stopwatch(device), ours
+        self.found: dict[str, Measured | str] = {}
+        self.infos: dict[str, dict[str, Any]] = {}
+
+    def attempt(self, name: str, call: Thunk) -> bool:
+        """Whether a contender got through it; if not, it is out, and the reason is kept."""
+        reason = _attempt(name, is_ours(name) or name in self.ours, call)
+        if reason is not None:
+            self.found[name] = reason
+            self.infos.pop(name, None)
+            JOURNAL.refuse(name, reason)
+            JOURNAL.write()
+        if self.watch.gpu and (reason is not None or name not in self.infos):
+            gc.collect()  # only here, when no traceback holds the frames of a call that did not fit any more
             torch.cuda.empty_cache()
-    thunks = {name: contenders[name].thunk for name in infos}
-    warm = watch.interleaved(thunks, rounds)
-    cold = watch.interleaved(thunks, max(min(rounds, COLD_ROUNDS), rounds // 3), cold=True)
-    for name, info in infos.items():
-        found[name] = Measured(warm[name], {"rival": name, **_cold(cold[name]), **info})
-    return found
+        return reason is None
+
+    def check(self, name: str) -> None:
+        """Errors, bits and memory; the second call's time stands in the journal until there are rounds."""
+        one, made = self.contenders[name], []
+        if not self.attempt(name, lambda: made.append(_checked(one, self.watch))):
+            return
+        errors, repeats, seconds = made[0]
+        wrong = complaint(name, errors, one.bounds)
+        if wrong is not None:
+            self.found[name] = wrong
+            JOURNAL.refuse(name, wrong)
+            JOURNAL.write()
+            return
+        weighed: list[int] = []
+        if self.attempt(name, lambda: weighed.append(self.watch.peak_bytes(one.thunk))):
+            info = {"settings": one.settings, "errors": errors, "repeats": repeats, "peak_bytes": weighed[0]}
+            self.infos[name] = info
+            JOURNAL.row(name, [seconds], info)
+            JOURNAL.write()
+
+    def rounds(self, number: int, *, cold: bool = False) -> dict[str, list[float]]:
+        """Seconds of each round of each, interleaved in turning order; one that fails on its way is out."""
+        taken: dict[str, list[float]] = {name: [] for name in self.infos}
+        for turn in range(number):
+            for name in turned(list(self.infos), turn):
+                thunk = self.contenders[name].thunk
+                self.attempt(
+                    name, lambda one=taken[name], thunk=thunk: one.append(self.watch.seconds(thunk, cold=cold))
+                )
+            if not cold:
+                for name, info in self.infos.items():
+                    JOURNAL.row(name, taken[name], info)
+                JOURNAL.write()
+        return taken
+
+
+def compete(
+    contenders: dict[str, Contender], device: str, rounds: int, *, ours: Iterable[str] = ()
+) -> dict[str, Measured | str]:
+    """Checks all, then times those that are right, in interleaved rounds: with warm caches, then a third as
+    many, but at least three where there are as many, with cold ones. Says of the others why they were not timed. What
+    is known stands in the journal after each step.
+
+    A rival that raises is out, with its reason; what one of `ours` raises, or one whose name says so, is raised.
+    """
+    contest = _Contest(contenders, device, frozenset(ours))
+    for name in contenders:
+        contest.check(name)
+    warm = contest.rounds(rounds)
+    cold = contest.rounds(max(min(rounds, COLD_ROUNDS), rounds // 3), cold=True)
+    for name, info in contest.infos.items():
+        contest.found[name] = Measured(warm[name], {"rival": name, **_cold(cold[name]), **info})
+    return contest.found
+
+
+NO_ROOM: dict[str, str] = {}  # group -> why its operands could not be made
+
+
+@contextlib.contextmanager
+def room_for(group: str) -> Iterator[None]:
+    """Skips a group whose operands, or the truth to compare with, do not fit on the GPU, with the reason; the next
+    contender of it does not try again."""
+    if group in NO_ROOM:
+        pytest.skip(NO_ROOM[group])
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        traceback.clear_frames(error.__traceback__)  # they hold what did fit
+        NO_ROOM[group] = f"the operands, or the truth to compare with, do not fit: {_first_line(error)}"
+    if group in NO_ROOM:
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        pytest.skip(NO_ROOM[group])
 
 
 def _cold(seconds: list[float]) -> dict[str, float]:

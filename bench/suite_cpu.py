@@ -22,7 +22,8 @@ from pathlib import Path
 from typing import Any
 
 from entrocraft.train.bench_figure import draw
-from entrocraft.train.bench_table import Saved, as_markdown, load_results
+from entrocraft.train.bench_file import Saved, load_results
+from entrocraft.train.bench_table import as_markdown
 
 BENCH = Path(__file__).resolve().parent
 ROOT = BENCH.parent
@@ -44,7 +45,9 @@ def commands(head_python: str, out: Path, *, smallest: bool) -> dict[str, list[s
         least = ["--bench-rounds", "1"] if smallest else []
         return [sys.executable, "-P", "-m", "pytest", str(what), *told, *options.split(), *least]
 
-    head, step = "", "--head small --layers 2 --rollouts 16 --prompt 32 --response 128 --microbatch 8 --rounds 5"
+    head = ""
+    step = "--head small --layers 2 --rollouts 16 --prompt 32 --response 128 --microbatch 4 8 16 --rounds 5"
+    step += " --largest --limit-gb 4"
     suite, scaling, files = "--device cpu", SCALING, BENCH
     if smallest:
         head, step, files = "--T 8 --H 16 --V 64 --repeats 1", "--rounds 1", BENCH / "bench_rejection.py"

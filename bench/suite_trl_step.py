@@ -6,9 +6,11 @@
 Same architecture (a Qwen3 with random weights, the head's H and V, tied), same rollouts, both in bf16 on a GPU and fp32
 on a CPU, AdamW of torch, no reference model, PPO-clip, mean over tokens, temperature 1. TRL at its best settings: its
 chunked head, and on a GPU with Liger installed `use_liger_kernel` besides, as a contender of its own; its trainer pads.
-Ours: packed micro-batches and the fused head. Each contender runs in a process of its own, so that the memory of one is
-not the other's; losses and gradient norms of the first update must agree. `--largest` doubles the rollouts of one
-micro-batch until memory gives out, then halves the gap.
+Ours: packed micro-batches and the fused head. Both also with gradient checkpointing, and at the fastest of the
+micro-batches that `--microbatch` names. Each contender runs in a process of its own, so that the memory of one is not
+the other's; loss and gradient norm of the first update must agree, or the exit status is 1. `--largest` doubles the
+rollouts of one micro-batch until memory gives out (on a CPU, or with `--limit-gb`, until the process has that much),
+then halves the gap.
 """
 
 from __future__ import annotations
@@ -17,36 +19,26 @@ import argparse
 import json
 import math
 import statistics
-import subprocess
 import sys
 import tempfile
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from rivals import load
 from suite_cases import HEADS
-from suite_contest import Stopwatch
+from suite_choice import positive
 from suite_machine import machine
+from suite_step_search import GROUP, Size, best, disagreements, limit_memory, search
+from suite_watch import Stopwatch
 from torch import Tensor
 
 Update = Callable[[], tuple[float, float]]  # loss and norm of the gradient
-CONTENDERS = ("entrocraft", "trl", "trl_liger")
-GROUP = 4  # rollouts of a prompt
-
-
-class Size(NamedTuple):
-    """One update."""
-
-    head: str
-    layers: int
-    rollouts: int
-    prompt: int
-    response: int
-    microbatch: int
-    """Rollouts of TRL's micro-batch, and as many times prompt + response tokens of ours."""
+CONTENDERS = (
+    "entrocraft", "entrocraft_checkpointed", "trl", "trl_checkpointed", "trl_liger", "trl_liger_checkpointed",
+)  # fmt: skip
 
 
 def make_model(size: Size, device: str) -> Any:
@@ -89,7 +81,7 @@ def make_rollouts(size: Size) -> tuple[Any, Tensor]:
     return rollouts, torch.randn(R, generator=generator)
 
 
-def our_update(size: Size, device: str) -> tuple[Update, Any]:
+def our_update(size: Size, device: str, *, checkpointing: bool = False) -> tuple[Update, Any]:
     """One optimizer update of this project's step, on policy; returns the call and the model."""
     from entrocraft import PolicyObjective
     from entrocraft.losses import PPOClip
@@ -98,6 +90,8 @@ def our_update(size: Size, device: str) -> tuple[Update, Any]:
     from entrocraft.train.tiny_model import ByT5Tokenizer
 
     model = make_model(size, device)
+    if checkpointing:
+        model.gradient_checkpointing_enable()
     rollouts, advantage_R = make_rollouts(size)
     policy = Policy(model, ByT5Tokenizer(extra_ids=0), temperature=1.0, device=torch.device(device))
     budget = size.microbatch * (size.prompt + size.response)
@@ -121,7 +115,7 @@ def our_update(size: Size, device: str) -> tuple[Update, Any]:
     return update, model
 
 
-def trl_update(size: Size, device: str, *, liger: bool) -> tuple[Update, Any]:
+def trl_update(size: Size, device: str, *, liger: bool, checkpointing: bool = False) -> tuple[Update, Any]:
     """The same update through GRPOTrainer's own compute_loss, micro-batch by micro-batch, as its loop does it."""
     from datasets import Dataset
     from torch.nn.utils.rnn import pad_sequence
@@ -137,12 +131,14 @@ def trl_update(size: Size, device: str, *, liger: bool) -> tuple[Update, Any]:
         output_dir=tempfile.mkdtemp(), use_cpu=device == "cpu", bf16=device == "cuda", report_to="none", beta=0.0,
         per_device_train_batch_size=size.microbatch, gradient_accumulation_steps=steps, num_generations=2,
         max_completion_length=size.response, loss_type="dapo",
-        use_liger_kernel=liger, gradient_checkpointing=False, temperature=1.0,
+        use_liger_kernel=liger, gradient_checkpointing=checkpointing, temperature=1.0,
     )  # fmt: skip
     trainer = trainer_class(
         model=model, processing_class=ByT5Tokenizer(extra_ids=0), args=config, reward_funcs=lambda **_: [0.0],
         train_dataset=Dataset.from_dict({"prompt": ["a"] * size.rollouts}),
     )  # fmt: skip
+    if checkpointing:  # as its loop does before the first step
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=config.gradient_checkpointing_kwargs)
     trainer.current_gradient_accumulation_steps = steps
     tokens = rollouts.token_T.split(rollouts.length_R.tolist())
     items = torch.tensor(len(rollouts.token_T), device=device)
@@ -180,9 +176,10 @@ def build(name: str, size: Size, device: str) -> tuple[Update, Any]:
     """The update of a contender, and its model."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        if name == "entrocraft":
-            return our_update(size, device)
-        return trl_update(size, device, liger=name == "trl_liger")
+        checkpointing = name.endswith("_checkpointed")
+        if name.startswith("entrocraft"):
+            return our_update(size, device, checkpointing=checkpointing)
+        return trl_update(size, device, liger="liger" in name, checkpointing=checkpointing)
 
 
 def measure(name: str, size: Size, device: str, rounds: int) -> dict[str, Any]:
@@ -203,75 +200,67 @@ def measure(name: str, size: Size, device: str, rounds: int) -> dict[str, Any]:
     return found | {"peak_bytes": watch.peak_bytes(update)}
 
 
-def alone(name: str, size: Size, device: str, rounds: int) -> dict[str, Any]:
-    """`measure` in a process of its own; {"reason": ...} where it does not fit or cannot run."""
-    command = [
-        sys.executable,
-        str(Path(__file__).resolve()),
-        "--only",
-        name,
-        "--device",
-        device,
-        "--rounds",
-        str(rounds),
-    ]
-    command += [f"--{field}={value}" for field, value in size._asdict().items()]
-    run = subprocess.run(command, capture_output=True, text=True)
-    if run.returncode == 0:
-        return json.loads(run.stdout.splitlines()[-1])
-    return {"reason": (run.stderr.strip().splitlines() or ["killed: out of memory, most likely"])[-1]}
+def limited(given: argparse.Namespace, size: Size) -> dict[str, Any]:
+    """What a process of its own does: measure, or only see whether two updates fit, within a limit of memory."""
+    if given.limit_gb is not None:
+        limit_memory(given.device, given.limit_gb)
+    if not given.fits:
+        return measure(given.only, size, given.device, given.rounds)
+    update, _ = build(given.only, size, given.device)
+    for _ in range(2):
+        update()
+    return {"fits": True}
 
 
-def largest(name: str, size: Size, device: str, most: int) -> int:
-    """The most rollouts, all in one micro-batch and a multiple of GROUP, whose update fits; 0 if none does."""
-
-    def fits(rollouts: int) -> bool:
-        return "reason" not in alone(name, size._replace(rollouts=rollouts, microbatch=rollouts), device, 1)
-
-    good, bad = 0, most + GROUP
-    trial = GROUP
-    while trial < bad:
-        if not fits(trial):
-            bad = trial
-            break
-        good, trial = trial, 2 * trial
-    while bad - good > max(GROUP, good // 8):  # to one part in eight
-        middle = (good + bad) // 2 // GROUP * GROUP
-        if middle in (good, bad):
-            break
-        good, bad = (middle, bad) if fits(middle) else (good, middle)
-    return good
+def _options(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--head", choices=list(HEADS), default="tiny")
+    for field, value in (("layers", 2), ("rollouts", 8), ("prompt", 16), ("response", 32)):
+        parser.add_argument(f"--{field}", type=positive, default=value)
+    parser.add_argument("--microbatch", type=positive, nargs="+", default=[4], help="several: the fastest of each")
+    parser.add_argument("--rounds", type=positive, default=3)
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--only", choices=CONTENDERS, help="measure one, in this process, and print JSON")
+    parser.add_argument("--fits", action="store_true", help="with --only: two updates, and nothing measured")
+    parser.add_argument("--largest", action="store_true", help="also search for the largest batch")
+    parser.add_argument("--limit-gb", type=float, help="memory of a process in that search, 10^9 bytes")
+    parser.add_argument("--most", type=positive, default=4096, help="rollouts at which the search ends")
+    parser.add_argument("--out", type=Path)
+    given = parser.parse_args(arguments)
+    if given.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: torch sees no GPU here; leave it out, or use --device cpu")
+    if given.limit_gb is not None and not given.limit_gb > 0:
+        parser.error(f"--limit-gb {given.limit_gb:g}: expected more than 0, such as 4")
+    if given.largest and given.device == "cpu" and given.limit_gb is None:
+        parser.error("--largest on a CPU needs a limit, such as --limit-gb 4: swap and other processes blur its own")
+    return given
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Measure every contender that can run, print a table, write JSON."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--head", choices=list(HEADS), default="tiny")
-    for field, value in (("layers", 2), ("rollouts", 8), ("prompt", 16), ("response", 32), ("microbatch", 4)):
-        parser.add_argument(f"--{field}", type=int, default=value)
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--only", choices=CONTENDERS, help="measure one, in this process, and print JSON")
-    parser.add_argument("--largest", action="store_true", help="also search for the largest batch")
-    parser.add_argument("--most", type=int, default=4096, help="rollouts at which the search ends")
-    parser.add_argument("--out", type=Path)
-    given = parser.parse_args(arguments)
-    size = Size(*(getattr(given, field) for field in Size._fields))
+    """Measure every contender that can run, print a table, write JSON; 1 if ours did not run or somebody disagrees."""
+    given = _options(arguments)
+    size = Size(given.head, given.layers, given.rollouts, given.prompt, given.response, given.microbatch[0])
     if given.only:
-        print(json.dumps(measure(given.only, size, given.device, given.rounds)))
+        print(json.dumps(limited(given, size)))
         return 0
-    report: dict[str, Any] = {"machine": machine(given.device), "size": size._asdict(), "results": {}}
+    several = len(given.microbatch) > 1
+    shown = {field: value for field, value in size._asdict().items() if field != "microbatch" or not several}
+    results: dict[str, dict[str, Any]] = {}
+    report: dict[str, Any] = {"machine": machine(given.device), "size": shown, "results": results}
     for name in CONTENDERS:
-        found = {"reason": "Liger's kernels want a GPU"}
-        if name != "trl_liger" or given.device == "cuda":
-            found = alone(name, size, given.device, given.rounds)
+        found: dict[str, Any] = {"reason": "Liger's kernels want a GPU"}
+        if "liger" not in name or given.device == "cuda":
+            found = best(name, size, given.device, given.rounds, given.microbatch)
             if given.largest and "reason" not in found:
-                found["largest_batch"] = largest(name, size, given.device, given.most)
-        report["results"][name] = found
-        print(f"{name:12}", found.get("reason") or json.dumps(found), flush=True)
+                found |= search(name, size, given.device, given.most, given.limit_gb)
+        results[name] = found
+        print(f"{name:24}", found.get("reason") or json.dumps(found), flush=True)
         if given.out:
             given.out.write_text(json.dumps(report, indent=1) + "\n")
-    return 0 if "reason" not in report["results"]["entrocraft"] else 1
+    wrong = disagreements(results, given.device)
+    for line in wrong:
+        print(f"error: first updates disagree: {line}", file=sys.stderr)
+    return int(bool(wrong) or "reason" in results["entrocraft"])
 
 
 if __name__ == "__main__":

@@ -4,19 +4,22 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from entrocraft.train.bench_table import as_comparison, as_markdown, as_text, load_results
+from entrocraft.train.bench_comparison import as_comparison
+from entrocraft.train.bench_file import load_results
+from entrocraft.train.bench_table import as_markdown, as_text
 
 
 def write_tables(paths: Sequence[Path], out: Path | None, *, markdown: bool = False) -> str:
     """What the command prints: a table of one file, a comparison of two; with `out` also table.md and scaling.png."""
     saved = [load_results(path) for path in paths]
     shape = as_markdown if markdown else as_text
-    text = as_comparison(*saved) if len(saved) == 2 else shape(saved[0])
+    text = as_comparison(*saved, markdown=markdown) if len(saved) == 2 else shape(saved[0])
     if out is not None:
         from entrocraft.train.bench_figure import draw
 
         out.mkdir(parents=True, exist_ok=True)
-        (out / "table.md").write_text((as_markdown(saved[0]) if len(saved) == 1 else f"```\n{text}\n```") + "\n")
+        table = as_markdown(saved[0]) if len(saved) == 1 else as_comparison(*saved, markdown=True)
+        (out / "table.md").write_text(table + "\n")
         draw(saved, out / "scaling.png")
         text += f"\n\n{out / 'table.md'}\n{out / 'scaling.png'}"
     return text

@@ -6,7 +6,7 @@ from pathlib import Path
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from entrocraft.train.bench_table import Row, Saved
+from entrocraft.train.bench_file import Row, Saved
 
 Series = dict[str, list[Row]]  # contender -> rows along an axis
 

@@ -1,104 +1,14 @@
-"""`entrocraft bench`: saved benchmarks as tables. Reads what pytest-benchmark and bench/compare_head_cpu.py write."""
+"""`entrocraft bench`: saved benchmarks as tables."""
 
-import json
 import math
-import statistics
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
+
+from entrocraft.train.bench_file import Row, Saved
 
 BASELINES = ("eager_fp32", "eager", "eager_bf16", "trl", "none")  # what ratios are of: the first that is there
 H100_BYTES_PER_S, H100_BYTES = 3.35e12, 80e9
 MIB = 1 << 20
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Row:
-    """One contender of one group."""
-
-    group: str
-    rival: str
-    seconds: float
-    """Median over its rounds."""
-    info: dict[str, Any] = field(default_factory=dict)
-    """What the benchmark recorded besides: errors, memory, rates."""
-
-
-class Skip(NamedTuple):
-    """A contender that was not measured."""
-
-    rival: str
-    reason: str
-    group: str | None = None
-    """Where it was left out; None: wherever it does not appear."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Saved:
-    """A file of results."""
-
-    path: Path
-    machine: dict[str, Any]
-    rows: list[Row]
-    skipped: list[Skip] = field(default_factory=list)
-
-    def groups(self) -> dict[str, list[Row]]:
-        """Rows by group, in the order of the file."""
-        found: dict[str, list[Row]] = {}
-        for row in self.rows:
-            found.setdefault(row.group, []).append(row)
-        return found
-
-
-def load_results(path: Path) -> Saved:
-    """Raises FileNotFoundError, and ValueError for a file that holds no benchmark, saying what writes one."""
-    try:
-        report = json.loads(path.read_text())
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path} is not JSON: {error}") from None
-    found: Saved | None = None
-    if isinstance(report, dict) and "benchmarks" in report:
-        machine = report.get("machine_info", {})
-        rows = [
-            Row(
-                group=one.get("group") or one["name"],
-                rival=one["extra_info"].get("rival", one["name"]),
-                seconds=one["stats"]["median"],
-                info=one["extra_info"],
-            )
-            for one in report["benchmarks"]
-        ]
-        skipped = [Skip(**one) for one in report.get("skipped", [])]
-        found = Saved(path=path, machine=machine.get("entrocraft", machine), rows=rows, skipped=skipped)
-    elif isinstance(report, dict) and "results" in report and "size" in report:
-        found = _head_on_a_cpu(path, report)
-    if found is None or not found.rows:
-        raise ValueError(
-            f"{path} holds no benchmark; expected a file written by `pytest bench --benchmark-json=FILE`, "
-            "bench/compare_head_cpu.py --out or bench/suite_trl_step.py --out"
-        )
-    return found
-
-
-def _head_on_a_cpu(path: Path, report: dict[str, Any]) -> Saved:
-    """bench/compare_head_cpu.py and bench/suite_trl_step.py: one group, each contender measured in its own process."""
-    size = {key: value for key, value in report["size"].items() if key != "dtype"}
-    rows, skipped = [], []
-    for name, one in report["results"].items():
-        if "seconds" not in one:
-            skipped.append(Skip(name, one.get("reason") or one.get("skipped") or "no reason was recorded"))
-        else:
-            taken = one["seconds"] if isinstance(one["seconds"], list) else [one["seconds"]]
-            info = {"peak_bytes": one.get("transient_bytes", one.get("peak_bytes")), **size}
-            info |= {key: one[key] for key in ("largest_batch", "errors", "settings") if key in one}
-            rows.append(Row(group=_words(size), rival=name, seconds=statistics.median(taken), info=info))
-    machine = {"device": report["machine"].get("cpu"), **report["machine"]}
-    return Saved(path=path, machine=machine, rows=rows, skipped=skipped)
-
-
-def _words(size: dict[str, Any]) -> str:
-    return " ".join(f"{key}={value:,}" if isinstance(value, int) else str(value) for key, value in size.items())
 
 
 def baseline(rows: list[Row]) -> Row:
@@ -133,16 +43,19 @@ def _short(value: float) -> str:
     return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
-def _ms(row: Row) -> str:
+def milliseconds(row: Row) -> str:
+    """The median, as a table has it."""
     return _short(1e3 * row.seconds)
 
 
-def _mib(row: Row) -> str:
+def mebibytes(row: Row) -> str:
+    """The peak; empty where it was not measured."""
     size = row.info.get("peak_bytes")
     return "" if size is None else _short(size / MIB)
 
 
-def _ratio(value: float | None, base: float | None) -> str:
+def quotient(value: float | None, base: float | None) -> str:
+    """Empty where one of the two is not known."""
     return f"{value / base:.3g}" if value is not None and base else ""
 
 
@@ -165,11 +78,11 @@ def _error(key: str) -> Callable[[Row, Row], str]:
 
 
 COLUMNS: dict[str, Callable[[Row, Row], str]] = {
-    "ms": lambda row, base: _ms(row),
-    "ratio": lambda row, base: _ratio(row.seconds, base.seconds),
+    "ms": lambda row, base: milliseconds(row),
+    "ratio": lambda row, base: quotient(row.seconds, base.seconds),
     "cold ms": _number("cold_ms", _short),
-    "MiB": lambda row, base: _mib(row),
-    "ratio of MiB": lambda row, base: _ratio(row.info.get("peak_bytes"), base.info.get("peak_bytes")),
+    "MiB": lambda row, base: mebibytes(row),
+    "ratio of MiB": lambda row, base: quotient(row.info.get("peak_bytes"), base.info.get("peak_bytes")),
     "useful TFLOP/s": _number("useful_tflops", "{:.3g}".format),
     "executed": _number("executed_tflops", "{:.3g}".format),
     "of GEMM": _number("share_of_gemm", "{:.0%}".format),
@@ -184,6 +97,7 @@ COLUMNS: dict[str, Callable[[Row, Row], str]] = {
     "loss error": _error("loss"),
     "norm error": _error("grad_norm"),
     "same bits": _number("repeats", lambda same: "yes" if same else "no"),
+    "micro-batch": _number("best_microbatch", str),
     "largest batch": _number("largest_batch", str),
 }
 
@@ -229,7 +143,7 @@ def about(saved: Saved) -> str:
     return f"{', '.join(where)}; commit {machine.get('commit') or 'unknown'}; {versions or 'versions unknown'}"
 
 
-def _aligned(lines: list[list[str]], left: int) -> list[str]:
+def aligned(lines: list[list[str]], left: int) -> list[str]:
     """Columns of one width, the first `left` of them flush left."""
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     sides = [str.ljust if i < left else str.rjust for i in range(len(widths))]
@@ -241,7 +155,7 @@ def as_text(saved: Saved) -> str:
     """Every group as aligned columns."""
     parts = [about(saved)]
     for group, rows in saved.groups().items():
-        parts.append("\n".join([group, *_aligned(cells(rows), 1), _below(rows, saved.machine)]).rstrip())
+        parts.append("\n".join([group, *aligned(cells(rows), 1), _below(rows, saved.machine)]).rstrip())
     return "\n\n".join([*parts, _notes(saved)]).rstrip()
 
 
@@ -256,18 +170,3 @@ def as_markdown(saved: Saved) -> str:
         below = _below(rows, saved.machine)
         parts.append("\n".join(table) + (f"\n\n{below}" if below else ""))
     return "\n\n".join([*parts, f"Measured on {about(saved)}.", _notes(saved)]).rstrip()
-
-
-def as_comparison(before: Saved, after: Saved) -> str:
-    """Groups and contenders that both files have: milliseconds, memory and their ratios, after over before."""
-    there = {(row.group, row.rival): row for row in before.rows}
-    lines = [["", "", "ms before", "after", "ratio", "MiB before", "after", "ratio"]]
-    for row in after.rows:
-        old = there.get((row.group, row.rival))
-        if old is not None:
-            times = [_ms(old), _ms(row), _ratio(row.seconds, old.seconds)]
-            sizes = [_mib(old), _mib(row), _ratio(row.info.get("peak_bytes"), old.info.get("peak_bytes"))]
-            lines.append([row.group, row.rival, *times, *sizes])
-    if len(lines) == 1:
-        raise ValueError(f"{before.path} and {after.path} have no benchmark in common")
-    return "\n".join([f"before: {about(before)}", f"after:  {about(after)}", "", *_aligned(lines, 2)])

@@ -8,7 +8,8 @@ import matplotlib.image
 import pytest
 
 from entrocraft.train.bench_figure import floor_bytes, series
-from entrocraft.train.bench_table import as_markdown, baseline, cells, fits_h100, floors, load_results
+from entrocraft.train.bench_file import load_results
+from entrocraft.train.bench_table import as_markdown, baseline, cells, fits_h100, floors
 from entrocraft.train.cli import main
 
 ROOT = Path(__file__).parents[2]
@@ -167,16 +168,91 @@ def test_one_size_alone_is_drawn_as_bars(tmp_path):
     assert matplotlib.image.imread(tmp_path / "scaling.png")[..., :3].std() > 0.05
 
 
+def test_what_one_file_has_alone_is_listed_and_other_machines_are_told(saved, tmp_path, capsys):
+    report = json.loads(saved.read_text())
+    report["benchmarks"][1]["extra_info"]["rival"] = "newcomer"
+    report["machine_info"]["entrocraft"]["device"] = "another GPU"
+    after = tmp_path / "after.json"
+    after.write_text(json.dumps(report))
+    assert main(["bench", str(saved), str(after)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[2] == "warning: different machines: device a GPU before, another GPU after: the ratios say little"
+    assert lines[-2:] == ["only before: qwen3_4b T=2048: eager_bf16", "only after: qwen3_4b T=2048: newcomer"]
+    assert main(["bench", str(saved), str(saved)]) == 0
+    told = capsys.readouterr().out
+    assert "warning" not in told
+    assert "only" not in told
+
+
+def test_a_comparison_is_markdown_where_that_is_asked_for(saved, tmp_path, capsys):
+    assert main(["bench", str(saved), str(saved), "--markdown", "--out", str(tmp_path / "out")]) == 0
+    printed = capsys.readouterr().out
+    assert "| qwen3_4b T=2048 | entrocraft | 10 | 10 | 1 | 256 | 256 | 1 |" in printed
+    assert "|---|---|---|---|---|---|---|---|" in printed
+    assert (tmp_path / "out" / "table.md").read_text().rstrip() == printed.partition(f"\n\n{tmp_path}")[0]
+
+
+def test_the_best_micro_batch_and_the_largest_batch_have_columns(tmp_path, capsys):
+    size = {"head": "small", "layers": 2, "rollouts": 16}
+    results = {
+        "entrocraft": {"seconds": 1.0, "peak_bytes": 1, "best_microbatch": 16, "largest_batch": 4096,
+                       "largest_batch_capped": True, "limit_gb": 4.0},
+        "trl": {"seconds": 2.0, "peak_bytes": 2, "best_microbatch": 8, "largest_batch": 36, "limit_gb": 4.0},
+        "trl_liger": {"reason": "no GPU"},
+    }  # fmt: skip
+    path = tmp_path / "step.json"
+    path.write_text(json.dumps({"machine": {}, "size": size, "results": results}))
+    assert main(["bench", str(path)]) == 0
+    lines = [re.split(r"  +", line) for line in capsys.readouterr().out.splitlines()]
+    assert lines[3][-2:] == ["micro-batch", "largest batch"]
+    assert lines[4][-2:] == ["16", ">= 4,096 in 4 GB"]
+    assert lines[5][-2:] == ["8", "36 in 4 GB"]
+
+
+ROW = '{"name": "a", "stats": {"median": 1}, "extra_info": {}}'
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
-    [("{", "is not JSON"), ("{}", "holds no benchmark"), ('{"benchmarks": []}', "pytest bench --benchmark-json=FILE")],
+    [
+        ("{", "is not JSON"),
+        ("{}", "holds no benchmark"),
+        ('{"benchmarks": []}', "holds no benchmark"),
+        ('{"benchmarks": 3}', "benchmarks is 3, expected a list"),
+        ('{"benchmarks": [{}]}', "benchmarks[0]: stats is nothing, expected an object"),
+        ('{"benchmarks": [' + ROW + ', {"stats": {}}]}', "benchmarks[1]: stats: median is nothing, expected a number"),
+        ('{"benchmarks": [{"stats": {"median": "1"}}]}', 'benchmarks[0]: stats: median is "1", expected a number'),
+        ('{"benchmarks": [{"extra_info": 1}]}', "benchmarks[0]: extra_info is 1, expected an object"),
+        ('{"benchmarks": [' + ROW + '], "machine_info": []}', "machine_info is [], expected an object"),
+        ('{"size": {}, "results": [1]}', "results is [1], expected an object"),
+        ('{"size": {}, "results": {"a": {"seconds": []}}}', "results: a: seconds is [], expected those of a round"),
+        ('{"size": {}, "results": {"a": {"seconds": "x"}}}', 'results: a: seconds is "x", expected a number'),
+        ("\x80", "is no text"),
+    ],
 )
 def test_a_file_without_benchmarks_is_an_error_with_a_way_out(text, message, tmp_path, capsys):
     path = tmp_path / "x.json"
-    path.write_text(text)
+    path.write_bytes(text.encode("latin-1"))
     assert main(["bench", str(path)]) == 2
-    assert message in capsys.readouterr().err
-    assert main(["bench", str(tmp_path / "absent.json")]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"error: {path}")
+    assert message in line
+    assert "pytest bench --benchmark-json=FILE" in line
+
+
+def test_a_folder_or_nothing_is_an_error_with_a_way_out(tmp_path, capsys):
+    for path, message in ((tmp_path, "is a folder"), (tmp_path / "absent.json", "does not exist")):
+        assert main(["bench", str(path)]) == 2
+        assert f"error: {path} {message}; expected a file written by" in capsys.readouterr().err
+
+
+def test_results_without_a_machine_are_printed(tmp_path, capsys):
+    path = tmp_path / "x.json"
+    path.write_text('{"size": {"T": 8}, "results": {"entrocraft": {"seconds": [0.5, 0.25, 1.0]}}}')
+    assert main(["bench", str(path)]) == 0
+    printed = capsys.readouterr().out
+    assert "an unknown device; commit unknown; versions unknown" in printed
+    assert "entrocraft  500" in printed
 
 
 def test_ratios_are_of_eager_and_of_the_first_without_it():

@@ -8,7 +8,8 @@ import suite_cpu
 from compare_head_cpu import NAMES
 from suite_cpu import QUOTED, ROOT, commands, main, quote, scaling_sentence, slim
 
-from entrocraft.train.bench_table import as_markdown, load_results
+from entrocraft.train.bench_file import load_results
+from entrocraft.train.bench_table import as_markdown
 
 TABLE = "| T=1 V=2 | ms |\n|---|---|\n| entrocraft | 1 |\n\nMeasured on a machine; commit new."
 

@@ -12,9 +12,10 @@ from bench_scoring import CALLS as SCORING
 from rivals import ALWAYS, Answer, all_rivals, run
 from rivals_trl import chunked_setting, trainers_chunk
 from suite_cases import HEADS, JOBS, Shape, make_operands, shapes
-from suite_contest import Clock, Contender, Measured, Stopwatch, Thunk, compete, complaint, machine_rates, same_bits
+from suite_contest import Clock, Contender, Measured, compete, complaint, machine_rates, same_bits
 from suite_errors import Truth, bounds
 from suite_rates import Work, derived
+from suite_watch import Stopwatch, Thunk
 
 from entrocraft.kernels import linear_logprob_entropy_reference
 
@@ -264,9 +265,12 @@ def test_the_clock_tells_what_was_measured_and_rounds_take_turns():
     assert times == [0.0, 0.5, 0.75, 0.75]
     order: list[str] = []
     thunks: dict[str, Thunk] = {name: functools.partial(order.append, name) for name in "abc"}
-    taken = Stopwatch("cpu").interleaved(thunks, 2)
-    assert order == ["a", "b", "c", "b", "c", "a"]
-    assert all(len(seconds) == 2 and min(seconds) > 0 for seconds in taken.values())
+    found = compete({name: Contender(thunk, "", lambda made: {}, {}) for name, thunk in thunks.items()}, "cpu", 2)
+    # Each is called twice to be checked and once to be weighed; warm rounds follow, then a cold one.
+    assert "".join(order) == "aaabbbccc" + "abcbca" + "abc"
+    taken = [one.seconds for one in found.values() if isinstance(one, Measured)]
+    assert len(taken) == 3
+    assert all(len(seconds) == 2 and min(seconds) > 0 for seconds in taken)
 
 
 def test_transient_memory_is_what_stands_beyond_the_result():

@@ -197,6 +197,15 @@ def test_compiles_clean(monkeypatch, capability, kernel, options):
         assert found["tcgen05"] > 0 < found["tma"]
 
 
+@pytest.mark.parametrize("kernel", ["stats_kernel", "dlogits_kernel"])
+def test_before_capability_8_the_tiles_of_8_compile_without_tensor_cores(monkeypatch, kernel):
+    """bf16 has no tensor cores on Turing: right, and slow. It has 64 KiB of shared memory."""
+    launches = recorded_launches(monkeypatch, 80)
+    found = facts(*compiled(kernel, launches[kernel], 75))
+    assert found["hmma"] == 0
+    assert 0 < found["shared"] <= 64 * 1024
+
+
 def test_fp32_operands_and_odd_strides_compile_clean(monkeypatch):
     # H of 2,561 has no 16-byte pitch: pointers and masks, on a chip that would otherwise take descriptors.
     for dtype, H in ((torch.float32, 2560), (torch.bfloat16, 2561)):
