@@ -86,7 +86,10 @@ def recover(target: Path) -> None:
     if not partial.is_file():
         return
     found = json.loads(partial.read_text())
-    report = json.loads(target.read_text()) if target.is_file() and target.stat().st_size else found
+    try:
+        report = json.loads(target.read_text())
+    except (FileNotFoundError, json.JSONDecodeError):  # killed before it was written, or while it was
+        report = found
     there = {one["name"] for one in report["benchmarks"]}
     report["benchmarks"] += [one for one in found["benchmarks"] if one["name"] not in there]
     target.write_text(json.dumps(report, indent=1) + "\n")

@@ -153,6 +153,10 @@ def test_a_report_takes_from_the_journal_what_it_lacks(tmp_path):
         journal.row(name, [seconds, seconds, 9.0], {})
     journal.refuse("last", "last failed")
     journal.write()
+    target.write_text('{"machine_info": {}, "bench')  # half a report
+    recover(target)
+    assert len(json.loads(target.read_text())["benchmarks"]) == 2
+    journal.write()
     target.write_text(json.dumps({"machine_info": {}, "benchmarks": [{"name": "bench_x[small-T1-ours]"}]}))
     recover(target)
     found = json.loads(target.read_text())["benchmarks"]
