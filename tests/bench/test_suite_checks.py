@@ -26,7 +26,7 @@ def field(request):
     found: dict[str, Contender] = {}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(bench_policy_loss, "compete", lambda field, device, rounds: found.update(field))
-        bench_policy_loss.group.__wrapped__(Shape(request.param, 32, 2000), "cpu", 1)
+        bench_policy_loss.group.__wrapped__(Shape(request.param, 32, 2000), "cpu", 1, tuple(CALLS))
     return found
 
 

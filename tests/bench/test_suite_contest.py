@@ -210,7 +210,8 @@ def test_rivals_choose_in_every_file_and_one_who_declines_a_job_says_why():
     assert names == [
         "bench_linear_logprob[small-T256-V8192-both-peaked-eager_fp32]",
         "bench_policy_loss[small-T256-V8192-eager_fp32]",
-        "bench_logits_logprob[small-T256-V8192-trl]",
+        "bench_logits_logprob[small-T256-V8192-both-trl]",
+        "bench_logits_logprob[small-T256-V8192-logprob-trl]",
         "bench_scoring[nobody]",
         "bench_train_step[trl]",
     ]
@@ -245,9 +246,9 @@ def test_a_torch_without_the_linear_cross_entropy_says_so_and_need_not_have_it()
     script = (
         "import torch\n"
         "if hasattr(torch.nn.functional, 'linear_cross_entropy'): del torch.nn.functional.linear_cross_entropy\n"
-        "import rivals\n"
+        "import rivals\nfrom suite_cases import Shape\n"
         "one = {rival.name: rival for rival in rivals.PLAIN}['torch_linear_cross_entropy']\n"
-        "print(one.why_not(64, 600, 'cpu'), one.name in rivals.ALWAYS, 'eager_fp32' in rivals.ALWAYS)\n"
+        "print(one.why_not(Shape(8, 64, 600), 'cpu'), one.name in rivals.ALWAYS, 'eager_fp32' in rivals.ALWAYS)\n"
     )
     run = subprocess.run([sys.executable, "-c", script], cwd=BENCH, capture_output=True, text=True, timeout=100)
     version = torch.__version__.partition("+")[0]
@@ -273,10 +274,10 @@ def test_kernels_of_a_package_that_cannot_be_imported_whole_are_loaded_and_calle
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text)
     script = (
-        "import rivals_packages as packages\n"
+        "import rivals_packages as packages\nfrom suite_cases import Shape\n"
         "print(packages._verl_triton_call()(14))\n"
         "one = {rival.name: rival for rival in packages.PACKAGES}['verl_triton']\n"
-        "print(one.why_not(128, 512, 'cpu'))\n"
+        "print(one.why_not(Shape(8, 128, 512), 'cpu'))\n"
     )
     environ = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])}
     command = [sys.executable, "-c", script]
