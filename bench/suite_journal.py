@@ -27,7 +27,7 @@ class Journal:
         self.path: Path | None = None
         self.machine: dict[str, Any] = {}
         self._rows: dict[str, dict[str, Any]] = {}
-        self._refused: dict[str, str] = {}
+        self._refused: dict[str, dict[str, str]] = {}
         self._test, self._info = ("", ""), {}
 
     def open(self, target: Path, machine: dict[str, Any]) -> None:
@@ -42,21 +42,26 @@ class Journal:
 
     def row(self, contender: str, seconds: list[float], info: dict[str, Any]) -> None:
         """A contender's rounds so far. Call `write` after the last of them."""
-        before, after = self._test
-        name = f"{before}{contender}{after}"
-        group = before.partition("[")[2].rstrip("-").replace("-", " ") or before.rstrip("[-")
+        name = self._name(contender)
         self._rows[name] = {
             "name": name,
-            "group": f"{group} (cut off)",
+            "group": self._group(),
             "stats": {"median": statistics.median(seconds), "rounds": len(seconds)},
             "extra_info": {"rival": contender, **self._info, **info},
         }
 
     def refuse(self, contender: str, reason: str) -> None:
         """Why one has no row."""
+        self._rows.pop(self._name(contender), None)
+        self._refused[self._name(contender)] = {"rival": contender, "group": self._group(), "reason": reason}
+
+    def _name(self, contender: str) -> str:
         before, after = self._test
-        self._rows.pop(f"{before}{contender}{after}", None)
-        self._refused[f"{before}{contender}{after}"] = reason
+        return f"{before}{contender}{after}"
+
+    def _group(self) -> str:
+        before, _ = self._test
+        return f"{before.partition('[')[2].rstrip('-').replace('-', ' ') or before.rstrip('[-')} (cut off)"
 
     def write(self) -> None:
         """All rows, in one step, so that nobody reads half a file."""
@@ -65,7 +70,7 @@ class Journal:
         report = {
             "machine_info": {"entrocraft": self.machine},
             "benchmarks": list(self._rows.values()),
-            "not_timed": self._refused,
+            "skipped": list(self._refused.values()),
         }
         draft = self.path.with_suffix(".tmp")
         draft.write_text(json.dumps(report, indent=1) + "\n")
@@ -92,6 +97,8 @@ def recover(target: Path) -> None:
         report = found
     there = {one["name"] for one in report["benchmarks"]}
     report["benchmarks"] += [one for one in found["benchmarks"] if one["name"] not in there]
+    known = report.setdefault("skipped", [])
+    known += [one for one in found["skipped"] if one not in known]
     target.write_text(json.dumps(report, indent=1) + "\n")
     partial.unlink()
 

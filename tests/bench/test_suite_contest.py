@@ -283,3 +283,23 @@ def test_kernels_of_a_package_that_cannot_be_imported_whole_are_loaded_and_calle
     command = [sys.executable, "-c", script]
     run = subprocess.run(command, cwd=BENCH, capture_output=True, text=True, timeout=100, env=environ)
     assert run.stdout.splitlines() == ["42", "it has no path on a CPU"], run.stderr
+
+
+def test_a_journal_says_who_was_refused_and_why(tmp_path):
+    journal, report = Journal(), tmp_path / "head.json"
+    journal.open(report, {"device": "d"})
+    for name in ("a", "b"):
+        journal.begin(f"bench_head[T8-{name}]", name, {"T": 8})
+        journal.row(name, [2.0, 1.0, 4.0], {"peak_bytes": 5})
+    journal.refuse("b", "it is wrong")
+    journal.write()
+    journal.close(whole=False)
+    recover(report)
+    saved = load_results(report)
+    assert [(row.rival, row.seconds, row.group) for row in saved.rows] == [("a", 2.0, "T8 (cut off)")]
+    assert saved.skipped == [("b", "it is wrong", "T8 (cut off)")]
+    assert not list(tmp_path.glob("*.partial.json"))
+    report.write_text(json.dumps({"benchmarks": [], "skipped": [{"rival": "c", "group": None, "reason": "no GPU"}]}))
+    journal.write()
+    recover(report)
+    assert [skip.rival for skip in load_results(report).skipped] == ["c", "b"]
