@@ -17,11 +17,13 @@ Means = dict[str, dict[str, Any]]
 
 
 def does(table: Means, method: str, curves: tuple[str, ...]) -> bool | None:
-    """Whether the mean error is within the threshold on all these curves and regimes; None if one was not run."""
+    """Whether the mean error is within the threshold on all these curves and regimes.
+
+    None if no error is beyond it, but a curve was not run.
+    """
     rows = [table.get(f"{method}-{curve}-{regime}") for curve in curves for regime in REGIMES]
-    if any(row is None for row in rows):
-        return None
-    return all(row["error"] <= THRESHOLDS[row["schedule"]] for row in rows if row is not None)
+    known = [row["error"] <= THRESHOLDS[row["schedule"]] for row in rows if row is not None]
+    return False if not all(known) else True if len(known) == len(rows) else None
 
 
 def reaches(table: Means, method: str) -> str:
@@ -32,9 +34,11 @@ def reaches(table: Means, method: str) -> str:
 def follows(table: Means, method: str) -> str:
     """Which curves the method follows: the wave too, those that fall, or none."""
     falls, turns = does(table, method, FALLING), does(table, method, ("wave",))
+    if falls is False:
+        return "no"
     if falls is None or turns is None:
         return "not run"
-    return "yes" if falls and turns else "falling ones" if falls else "no"
+    return "yes" if turns else "falling ones"
 
 
 def any_advantage(method: str) -> str:
