@@ -32,13 +32,20 @@ class Size(NamedTuple):
 
 
 def limit_memory(device: str, limit_gb: float) -> None:
-    """No more than this for the process: of data on a CPU (its libraries and threads' stacks included), of what torch
-    allocates on a GPU."""
+    """No more than this for the process: on a CPU of data, beyond what it has when this is called (libraries, the model
+    and its trainer); on a GPU of all that torch allocates."""
     if device == "cuda":
         torch.cuda.set_per_process_memory_fraction(limit_gb * GB / torch.cuda.get_device_properties(0).total_memory)
     else:
-        size = int(limit_gb * GB)
+        size = data_bytes() + int(limit_gb * GB)
         resource.setrlimit(resource.RLIMIT_DATA, (size, size))
+
+
+def data_bytes() -> int:
+    """What RLIMIT_DATA counts of this process; 0 where /proc does not say."""
+    status = Path("/proc/self/status")
+    lines = status.read_text().splitlines() if status.is_file() else []
+    return next((1024 * int(line.split()[1]) for line in lines if line.startswith("VmData")), 0)
 
 
 def alone(name: str, size: Size, device: str, *options: str) -> dict[str, Any]:

@@ -9,7 +9,7 @@ chunked head, and on a GPU with Liger installed `use_liger_kernel` besides, as a
 Ours: packed micro-batches and the fused head. Both also with gradient checkpointing, and at the fastest of the
 micro-batches that `--microbatch` names. Each contender runs in a process of its own, so that the memory of one is not
 the other's; loss and gradient norm of the first update must agree, or the exit status is 1. `--largest` doubles the
-rollouts of one micro-batch until memory gives out (on a CPU, or with `--limit-gb`, until the process has that much),
+rollouts of one micro-batch until memory gives out (on a CPU, or with `--limit-gb`, until that much is taken),
 then halves the gap.
 """
 
@@ -201,12 +201,12 @@ def measure(name: str, size: Size, device: str, rounds: int) -> dict[str, Any]:
 
 
 def limited(given: argparse.Namespace, size: Size) -> dict[str, Any]:
-    """What a process of its own does: measure, or only see whether two updates fit, within a limit of memory."""
-    if given.limit_gb is not None:
-        limit_memory(given.device, given.limit_gb)
+    """What a process of its own does: measure, or only see whether two updates fit, within a limit."""
     if not given.fits:
         return measure(given.only, size, given.device, given.rounds)
     update, _ = build(given.only, size, given.device)
+    if given.limit_gb is not None:
+        limit_memory(given.device, given.limit_gb)
     for _ in range(2):
         update()
     return {"fits": True}
@@ -223,7 +223,9 @@ def _options(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--only", choices=CONTENDERS, help="measure one, in this process, and print JSON")
     parser.add_argument("--fits", action="store_true", help="with --only: two updates, and nothing measured")
     parser.add_argument("--largest", action="store_true", help="also search for the largest batch")
-    parser.add_argument("--limit-gb", type=float, help="memory of a process in that search, 10^9 bytes")
+    parser.add_argument(
+        "--limit-gb", type=float, help="memory in that search, 10^9 bytes: on a CPU beyond libraries and model"
+    )
     parser.add_argument("--most", type=positive, default=4096, help="rollouts at which the search ends")
     parser.add_argument("--out", type=Path)
     given = parser.parse_args(arguments)
@@ -232,7 +234,7 @@ def _options(arguments: list[str] | None) -> argparse.Namespace:
     if given.limit_gb is not None and not given.limit_gb > 0:
         parser.error(f"--limit-gb {given.limit_gb:g}: expected more than 0, such as 4")
     if given.largest and given.device == "cpu" and given.limit_gb is None:
-        parser.error("--largest on a CPU needs a limit, such as --limit-gb 4: swap and other processes blur its own")
+        parser.error("--largest on a CPU needs a limit, such as --limit-gb 1: swap and other processes blur its own")
     return given
 
 
