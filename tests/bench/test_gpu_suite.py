@@ -165,7 +165,7 @@ def test_a_stage_of_benchmarks_that_is_cut_off_leaves_what_it_had(tmp_path, monk
         "def test_endless(benchmark):\n    time.sleep(60)\n"
     )
     monkeypatch.setattr(suite_gpu, "BENCH", tmp_path)
-    done = run_stage(Stage("two", "bench_two.py", ()), tmp_path, 25.0)  # pytest has begun by then, beside other work too
+    done = run_stage(Stage("two", "bench_two.py", ()), tmp_path, 25.0)  # pytest has begun by then
     assert done["result"] == "cut off after 25 s"
     assert done["seconds"] < 40
     found = json.loads((tmp_path / "two.json").read_text())["benchmarks"]
