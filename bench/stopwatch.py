@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import statistics
 import sys
-import time
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from head_cases import SHAPES, Case, make_case
 from suite_cases import DTYPE
+from suite_watch import Stopwatch, Thunk
 
 SPLIT = 16_384  # columns of the vocabulary that torch multiplies at a time
-Thunk = Callable[[], object]
 
 
 class Bench:
@@ -23,10 +21,8 @@ class Bench:
         self.shape, self.device, self.rounds = shape, device, rounds
         self.T, self.H, self.V = SHAPES[shape]
         self.dtype = DTYPE
-
-    @property
-    def gpu(self) -> bool:
-        return self.device == "cuda"
+        self.watch = Stopwatch(device)
+        self.gpu = self.watch.gpu
 
     def case(self, **more: Any) -> Case:
         T = more.pop("T", self.T)
@@ -45,21 +41,8 @@ class Bench:
                 torch.cuda.empty_cache()
         for _ in range(self.rounds):
             for name in taken:
-                taken[name].append(self._time(contenders[name]))
+                taken[name].append(1e3 * self.watch.seconds(contenders[name]))
         return {name: statistics.median(values) for name, values in taken.items()}
-
-    def _time(self, thunk: Thunk) -> float:
-        if not self.gpu:
-            started = time.perf_counter()
-            thunk()
-            return 1e3 * (time.perf_counter() - started)
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        torch.cuda.synchronize()
-        begin.record()
-        thunk()
-        end.record()
-        torch.cuda.synchronize()
-        return begin.elapsed_time(end)
 
     def products(self, case: Case) -> Thunk:
         """One product of 2 T V H operations by torch, split by columns as large heads must be."""
@@ -77,12 +60,4 @@ class Bench:
         if not self.gpu:
             return None
         thunk()
-        torch.cuda.synchronize()
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        kept = thunk()
-        torch.cuda.synchronize()
-        peak, after = torch.cuda.max_memory_allocated(), torch.cuda.memory_allocated()
-        del kept
-        return peak - max(before, after)
+        return self.watch.peak_bytes(thunk)

@@ -32,8 +32,8 @@ class Size(NamedTuple):
 
 
 def limit_memory(device: str, limit_gb: float) -> None:
-    """No more than this for the process: on a CPU of data, beyond what it has when this is called (libraries, the model
-    and its trainer); on a GPU of all that torch allocates."""
+    """No more than this for the process: on a CPU of data, beyond what it has when this is called; on a GPU of all that
+    torch allocates."""
     if device == "cuda":
         torch.cuda.set_per_process_memory_fraction(limit_gb * GB / torch.cuda.get_device_properties(0).total_memory)
     else:

@@ -204,6 +204,8 @@ def limited(given: argparse.Namespace, size: Size) -> dict[str, Any]:
     """What a process of its own does: measure, or only see whether two updates fit, within a limit."""
     if not given.fits:
         return measure(given.only, size, given.device, given.rounds)
+    # A first update, however small, allocates what is needed once: threads, libraries, their pools.
+    build(given.only, size._replace(rollouts=GROUP, microbatch=GROUP), given.device)[0]()
     update, _ = build(given.only, size, given.device)
     if given.limit_gb is not None:
         limit_memory(given.device, given.limit_gb)
@@ -224,7 +226,9 @@ def _options(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--fits", action="store_true", help="with --only: two updates, and nothing measured")
     parser.add_argument("--largest", action="store_true", help="also search for the largest batch")
     parser.add_argument(
-        "--limit-gb", type=float, help="memory in that search, 10^9 bytes: on a CPU beyond libraries and model"
+        "--limit-gb",
+        type=float,
+        help="memory in that search, 10^9 bytes: on a CPU beyond libraries, the model and a small update",
     )
     parser.add_argument("--most", type=positive, default=4096, help="rollouts at which the search ends")
     parser.add_argument("--out", type=Path)

@@ -12,14 +12,19 @@ from torch import Tensor
 
 Thunk = Callable[[], object]
 FLUSH_BYTES = 256 << 20  # more than any last-level cache
-
-
-NO_ROOM = ("out of memory", "allocate memory", "bad_alloc", "alloc_failed", "could not create a", "start new thread")
+MEMORY_WORDS = (
+    "out of memory",
+    "allocate memory",
+    "bad_alloc",
+    "alloc_failed",
+    "could not create a",
+    "start new thread",
+)
 
 
 def out_of_memory(said: str) -> bool:
     """Whether an error's text speaks of memory: torch's, a library's, or a compiler's that wraps it."""
-    return any(words in said.lower() for words in NO_ROOM)
+    return any(words in said.lower() for words in MEMORY_WORDS)
 
 
 class Stopwatch:
