@@ -44,6 +44,13 @@ U_MIN = -1.0e4
 # A part of a row in which every logit is -inf gets this finite maximum: merging scales it by exp(-1e30) = 0.
 MAX_FLOOR = -1.0e30
 
+# MKL prepares a vector function at its first call, and not safely: where several threads make that call at once, one of
+# them may round otherwise than ever after (seen in 8 of 60 fresh processes). One element is one thread's call, so that
+# the first tile of a process, and with it a resumed run, has the bits of every later one (0 of 60).
+for _dtype in (torch.float32, torch.float64):
+    torch.exp(torch.ones(1, dtype=_dtype, device="cpu"))
+    torch.log(torch.ones(1, dtype=_dtype, device="cpu"))
+
 # Rows of the sums tensor [8, T]. Q0 and Q1, S2, ARGMAX stay 0 where they were not asked for. ARGMAX is the column of
 # the maximum, the first of several, as a floating point number: exact below 2^24 columns.
 MAX, TARGET, S0, S1, Q0, Q1, S2, ARGMAX = SUMS = range(8)
