@@ -14,7 +14,7 @@ unexport PYTHONPATH PYTHONHOME VIRTUAL_ENV PIP_TARGET PIP_PREFIX PIP_USER PIP_CO
 export PYRIGHT_PYTHON_IGNORE_WARNINGS := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-bench test-verl test-vllm lint bench clean install
+.PHONY: help demo test test-runs test-bench test-verl test-vllm lint bench clean install
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
@@ -27,8 +27,11 @@ TEST_JOBS := $(shell n=$$(getconf _NPROCESSORS_ONLN 2>/dev/null || echo 1); [ "$
 
 PYTEST := $(VENV)/python -P -m pytest -q --durations=10 -n $(TEST_JOBS) --dist worksteal
 
-test: install ## run every test but those of the next three
-	$(PYTEST) --ignore=tests/bench $(ARGS)
+test: install ## run every test but those of the next four
+	$(PYTEST) --ignore=tests/bench -m "not runs" $(ARGS)
+
+test-runs: install ## train in processes of their own: killed, out of disk, resumed, sharded over one, two and four
+	$(PYTEST) tests/train -m runs $(ARGS)
 
 test-bench: install ## run every benchmark at its smallest size, and test what judges and prints them
 	$(PYTEST) tests/bench $(ARGS)

@@ -22,6 +22,8 @@ import yaml
 from entrocraft.train.checkpoint import CheckpointFolder
 from entrocraft.train.metrics import depends_on_the_clock
 
+pytestmark = pytest.mark.runs
+
 SCRIPT = Path(__file__).with_name("forked_runs.py")
 LIMIT = 120.0
 STEPS = 16

@@ -14,6 +14,8 @@ import yaml
 from entrocraft.train.metrics import depends_on_the_clock
 from entrocraft.train.train import main
 
+pytestmark = pytest.mark.runs
+
 SCRIPT = Path(__file__).resolve().parents[2] / "train" / "train.py"
 TORCHRUN = ("-P", "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
 

@@ -18,6 +18,8 @@ from entrocraft.train.policy import Policy
 from entrocraft.train.sampling import HuggingFaceEngine
 from entrocraft.train.tiny_model import build_tiny_model
 
+pytestmark = pytest.mark.runs
+
 SCRIPT = Path(__file__).with_name("layout_rank.py")
 _spec = importlib.util.spec_from_file_location("layout_rank", SCRIPT)
 assert _spec is not None

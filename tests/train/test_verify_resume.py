@@ -28,6 +28,8 @@ from entrocraft.train.run_difference import compare_checkpoints, compare_records
 from entrocraft.train.train import run_training
 from entrocraft.train.verify_resume import asked_for, exactness, judge, parse
 
+pytestmark = pytest.mark.runs
+
 SCRIPT = Path(__file__).resolve().parents[2] / "train" / "train.py"
 TORCHRUN = ("-P", "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
 
