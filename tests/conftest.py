@@ -1,9 +1,9 @@
-"""What every test stands on: no repository root on sys.path, fixed seeds, few threads, no network, no stale memory."""
+"""What every test stands on: nothing of the repository root on sys.path, nothing left of other tests, no network."""
 
 import os
 import random
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import hypothesis
@@ -47,6 +47,16 @@ def _seeds() -> None:
     random.seed(0)
     np.random.seed(0)
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _modules_of_this_test(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Rewards that a test wrote and imported: the next may write others of the same name, and would be given these."""
+    yield
+    written = str(tmp_path_factory.getbasetemp()) + os.sep
+    for name, module in list(sys.modules.items()):
+        if str(getattr(module, "__file__", None)).startswith(written):
+            del sys.modules[name]
 
 
 @pytest.fixture(autouse=True)

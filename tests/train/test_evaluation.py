@@ -74,10 +74,7 @@ def work(tmp_path, monkeypatch):
         "evaluation": {"samples": 4, "sets": sets, "every": 2, "rollouts_per_batch": 8, "saved_samples": 3},
     }
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(config))
-    yield tmp_path
-    import sys
-
-    sys.modules.pop("eval_rewards", None)
+    return tmp_path
 
 
 @pytest.fixture

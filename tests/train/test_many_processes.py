@@ -34,7 +34,7 @@ def work(tmp_path):
         "sampling": {"max_response_tokens": 6},
         "reward": {"name": "odd_rewards:odd", "workers": 0},
         "entropy": {"rule": "budget", "schedule": {"start": "measured", "end": 5.0, "steps": 4}},
-        "optimizer": {"steps": 4, "lr": 0.001},  # Adam turns rounding into steps of this size
+        "optimizer": {"steps": 4, "lr": 0.01},
         "evaluation": {"every": 2, "samples": 2},
         "checkpoint": {"every": 2},
         "logging": {"report": False},

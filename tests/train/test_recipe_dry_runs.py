@@ -4,7 +4,6 @@ here, drawn by transformers' generate."""
 import contextlib
 import json
 import math
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -132,8 +131,7 @@ def small(tmp_path, monkeypatch):
         },
     }  # fmt: skip
     (tmp_path / "small.yaml").write_text(yaml.safe_dump(settings))
-    yield tmp_path / "small.yaml"
-    sys.modules.pop("recipe_rewards", None)
+    return tmp_path / "small.yaml"
 
 
 def one_step(run: Run) -> dict[str, Any]:

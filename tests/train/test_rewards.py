@@ -86,8 +86,7 @@ def pid(completion, answer, prompt):
 def nasty_module(tmp_path, monkeypatch):
     (tmp_path / "nasty_rewards.py").write_text(NASTY)
     monkeypatch.syspath_prepend(tmp_path)
-    yield tmp_path
-    sys.modules.pop("nasty_rewards", None)
+    return tmp_path
 
 
 def score(pool: RewardPool, completions: list[str], answers: list[str] | None = None):

@@ -90,7 +90,7 @@ def here(work, *overrides, code=0):
     out, err = io.StringIO(), io.StringIO()
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         patch.syspath_prepend(str(work))
-        patch.delitem(sys.modules, "my_rewards", raising=False)  # another test's
+        patch.delitem(sys.modules, "my_rewards", raising=False)  # `late` counts its calls, from none in a new process
         assert report_errors(lambda: main([f"--config={work / 'run.yaml'}", *overrides])) == code, err.getvalue()
     return SimpleNamespace(stdout=out.getvalue(), stderr=err.getvalue())
 
