@@ -46,8 +46,8 @@ def commands(head_python: str, out: Path, *, smallest: bool) -> dict[str, list[s
         return [sys.executable, "-P", "-m", "pytest", str(what), *told, *options.split(), *least]
 
     head = ""
-    step = "--head small --layers 2 --rollouts 16 --prompt 32 --response 128 --microbatch 4 8 16 --rounds 5"
-    step += " --largest --limit-gb 4"
+    step = "--head small --layers 2 --rollouts 16 --prompt 32 --response 128 --microbatch 4 8 16"
+    step += " --rounds 5 --processes 3 --largest --limit-gb 4"
     suite, scaling, files = "--device cpu", SCALING, BENCH
     if smallest:
         head, step, files = "--T 8 --H 16 --V 64 --repeats 1", "--rounds 1", BENCH / "bench_rejection.py"

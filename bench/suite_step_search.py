@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 import math
 import resource
+import statistics
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -62,18 +63,41 @@ def alone(name: str, size: Size, device: str, *options: str) -> dict[str, Any]:
     return {"reason": said[-1], "no_room": killed or out_of_memory(run.stderr)}
 
 
-def best(name: str, size: Size, device: str, rounds: int, microbatches: list[int]) -> dict[str, Any]:
-    """`alone` at the micro-batch that is the fastest of these; where there are several, also which, and what the others
-    took."""
-    found = {one: alone(name, size._replace(microbatch=one), device, f"--rounds={rounds}") for one in microbatches}
-    ran = {one: made for one, made in found.items() if "reason" not in made}
+def sweep(
+    names: Sequence[str], size: Size, device: str, rounds: int, microbatches: list[int], processes: int
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Each contender so many times at each micro-batch, with what is its best so far. They take turns, and another
+    begins every time: what else the machine does meanwhile is spread over all."""
+    made: dict[str, dict[int, list[dict[str, Any]]]] = {name: {one: [] for one in microbatches} for name in names}
+    for turn in range(processes):
+        first = turn % len(names)
+        for name in (*names[first:], *names[:first]):
+            for one in microbatches:
+                made[name][one].append(alone(name, size._replace(microbatch=one), device, f"--rounds={rounds}"))
+            yield name, best(made[name])
+
+
+def best(made: dict[int, list[dict[str, Any]]]) -> dict[str, Any]:
+    """Of what processes measured at each micro-batch: the fastest, by the median of its processes, with their range;
+    where there are several micro-batches, also which it is, and what the others took."""
+    found = {one: _median(runs) for one, runs in made.items()}
+    ran = {one: what for one, what in found.items() if "reason" not in what}
     if not ran:
-        return found[microbatches[0]]
+        return next(iter(found.values()))
     fastest = min(ran, key=lambda one: ran[one]["seconds"])
-    if len(microbatches) == 1:
+    if len(made) == 1:
         return ran[fastest]
-    tried = {str(one): made.get("seconds", made.get("reason")) for one, made in found.items()}
+    tried = {str(one): what.get("seconds", what.get("reason")) for one, what in found.items()}
     return {**ran[fastest], "best_microbatch": fastest, "tried": tried}
+
+
+def _median(runs: list[dict[str, Any]]) -> dict[str, Any]:
+    failed = [one for one in runs if "reason" in one]
+    if failed or len(runs) == 1:
+        return (failed or runs)[0]
+    seconds = [one["seconds"] for one in runs]
+    spread = {"processes": len(runs), "seconds_range": [min(seconds), max(seconds)]}
+    return {**runs[0], "seconds": statistics.median(seconds), **spread}
 
 
 def fits(name: str, size: Size, device: str, limit_gb: float | None) -> bool:

@@ -31,7 +31,7 @@ from rivals import load
 from suite_cases import HEADS
 from suite_choice import positive
 from suite_machine import machine
-from suite_step_search import GROUP, Size, best, disagreements, limit_memory, search
+from suite_step_search import GROUP, Size, disagreements, limit_memory, search, sweep
 from suite_watch import Stopwatch
 from torch import Tensor
 
@@ -221,6 +221,7 @@ def _options(arguments: list[str] | None) -> argparse.Namespace:
         parser.add_argument(f"--{field}", type=positive, default=value)
     parser.add_argument("--microbatch", type=positive, nargs="+", default=[4], help="several: the fastest of each")
     parser.add_argument("--rounds", type=positive, default=3)
+    parser.add_argument("--processes", type=positive, default=1, help="of each: the median, and their range")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--only", choices=CONTENDERS, help="measure one, in this process, and print JSON")
     parser.add_argument("--fits", action="store_true", help="with --only: two updates, and nothing measured")
@@ -253,10 +254,9 @@ def main(arguments: list[str] | None = None) -> int:
     shown = {field: value for field, value in size._asdict().items() if field != "microbatch" or not several}
     results: dict[str, dict[str, Any]] = {}
     report: dict[str, Any] = {"machine": machine(given.device), "size": shown, "results": results}
-    for name in CONTENDERS:
-        found: dict[str, Any] = {"reason": "Liger's kernels want a GPU"}
-        if "liger" not in name or given.device == "cuda":
-            found = best(name, size, given.device, given.rounds, given.microbatch)
+    field = [name for name in CONTENDERS if "liger" not in name or given.device == "cuda"]
+    results |= {name: {"reason": "Liger's kernels want a GPU"} for name in CONTENDERS if name not in field}
+    for name, found in sweep(field, size, given.device, given.rounds, given.microbatch, given.processes):
         results[name] = found
         print(f"{name:24}", found.get("reason") or json.dumps(found), flush=True)
         _write(report, given.out)

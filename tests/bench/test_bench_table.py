@@ -196,7 +196,7 @@ def test_the_best_micro_batch_and_the_largest_batch_have_columns(tmp_path, capsy
     size = {"head": "small", "layers": 2, "rollouts": 16}
     results = {
         "entrocraft": {"seconds": 1.0, "peak_bytes": 1, "best_microbatch": 16, "largest_batch": 4096,
-                       "largest_batch_capped": True, "limit_gb": 4.0},
+                       "seconds_range": [0.95, 1.25], "largest_batch_capped": True, "limit_gb": 4.0},
         "trl": {"seconds": 2.0, "peak_bytes": 2, "best_microbatch": 8, "largest_batch": 36, "limit_gb": 4.0},
         "trl_liger": {"reason": "no GPU"},
     }  # fmt: skip
@@ -206,6 +206,7 @@ def test_the_best_micro_batch_and_the_largest_batch_have_columns(tmp_path, capsy
     lines = [re.split(r"  +", line) for line in capsys.readouterr().out.splitlines()]
     assert lines[3][-2:] == ["micro-batch", "largest batch"]
     assert lines[4][-2:] == ["16", ">= 4,096 in 4 GB"]
+    assert (lines[3][2], lines[4][2]) == ("processes", "950 to 1,250")
     assert lines[5][-2:] == ["8", "36 in 4 GB"]
 
 

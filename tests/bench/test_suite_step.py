@@ -7,7 +7,7 @@ import pytest
 import suite_step_search
 import suite_trl_step
 from bench_train_step import exact_update
-from suite_step_search import Size, alone, best, disagreements, fits, largest, search
+from suite_step_search import Size, alone, best, disagreements, fits, largest, search, sweep
 from suite_trl_step import CONTENDERS, build, make_rollouts
 
 SIZE = Size("tiny", layers=1, rollouts=6, prompt=5, response=12, microbatch=2)
@@ -68,19 +68,31 @@ def test_a_failure_of_something_else_than_memory_ends_the_search_with_its_reason
     }
 
 
-def test_the_fastest_micro_batch_is_kept_and_said(monkeypatch):
-    seconds = {2: 3.0, 4: 1.0, 8: 2.0}
-
-    def alone(name, size, device, *options):
-        if size.microbatch == 16:
-            return {"reason": "out of memory", "no_room": True}
-        return {"seconds": seconds[size.microbatch], "loss": 1.0}
-
-    monkeypatch.setattr(suite_step_search, "alone", alone)
-    found = best("trl", SIZE, "cpu", 3, [2, 4, 8, 16])
+def test_the_fastest_micro_batch_is_kept_and_said():
+    made = {one: [{"seconds": seconds, "loss": 1.0}] for one, seconds in ((2, 3.0), (4, 1.0), (8, 2.0))}
+    found = best({**made, 16: [{"reason": "out of memory", "no_room": True}]})
     assert (found["best_microbatch"], found["seconds"]) == (4, 1.0)
     assert found["tried"] == {"2": 3.0, "4": 1.0, "8": 2.0, "16": "out of memory"}
-    assert best("trl", SIZE, "cpu", 3, [8]) == {"seconds": 2.0, "loss": 1.0}
+    assert best({8: made[8]}) == {"seconds": 2.0, "loss": 1.0}
+
+
+def test_several_processes_take_turns_and_their_median_counts(monkeypatch):
+    seconds = {("trl", 4): [5.0, 1.0, 4.0], ("trl", 8): [2.0, 3.0, 9.0], ("ours", 4): [1.0, 1.0, 1.0]}
+    order = []
+
+    def alone(name, size, device, *options):
+        order.append(name)
+        left = seconds.get((name, size.microbatch))
+        return {"seconds": left.pop(0)} if left else {"reason": "out of memory", "no_room": True}
+
+    monkeypatch.setattr(suite_step_search, "alone", alone)
+    found = dict(sweep(["trl", "ours"], SIZE, "cpu", 5, [4, 8], 3))
+    assert order == ["trl"] * 2 + ["ours"] * 4 + ["trl"] * 4 + ["ours"] * 2
+    assert found["trl"] == {
+        **{"seconds": 3.0, "processes": 3, "seconds_range": [2.0, 9.0]},
+        **{"best_microbatch": 8, "tried": {"4": 4.0, "8": 3.0}},
+    }
+    assert (found["ours"]["seconds"], found["ours"]["tried"]["8"]) == (1.0, "out of memory")
 
 
 def test_first_updates_that_disagree_are_named_and_fail_the_run(monkeypatch, capsys):
@@ -92,7 +104,7 @@ def test_first_updates_that_disagree_are_named_and_fail_the_run(monkeypatch, cap
     assert line == "trl: loss 0.50001, ours 0.5: 2.0e-05 > 1e-05"
     assert disagreements({"entrocraft": ours, "trl": far}, "cuda") == []
     assert len(disagreements({"entrocraft": ours, "trl": {**far, "loss": math.nan}}, "cuda")) == 1
-    monkeypatch.setattr(suite_trl_step, "best", lambda name, *rest: far if name == "trl" else ours)
+    monkeypatch.setattr(suite_step_search, "alone", lambda name, *rest: far if name == "trl" else ours)
     assert suite_trl_step.main(["--device", "cpu"]) == 1
     assert "error: first updates disagree: trl: loss 0.50001, ours 0.5" in capsys.readouterr().err
 
