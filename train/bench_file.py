@@ -137,7 +137,7 @@ def _alone(path: Path, report: dict[str, Any]) -> Saved:
             for seconds in taken:
                 _of_kind(seconds, float, f"{where}: seconds")
             info = {"peak_bytes": one.get("transient_bytes", one.get("peak_bytes")), **size}
-            info |= {key: one[key] for key in ("best_microbatch", "errors", "settings") if key in one}
+            info |= {key: one[key] for key in ("best_microbatch", "errors", "settings", "seconds_range") if key in one}
             info |= {"largest_batch": _batch(one)} if "largest_batch" in one else {}
             rows.append(Row(group=_words(size), rival=name, seconds=statistics.median(taken), info=info))
     machine = _machine(report, "machine")

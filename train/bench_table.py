@@ -79,7 +79,7 @@ def _error(key: str) -> Callable[[Row, Row], str]:
 
 COLUMNS: dict[str, Callable[[Row, Row], str]] = {
     "ms": lambda row, base: milliseconds(row),
-    "processes": _number("seconds_range", lambda ends: " to ".join(_short(1e3 * one) for one in ends)),
+    "range": _number("seconds_range", lambda ends: " to ".join(_short(1e3 * one) for one in ends)),
     "ratio": lambda row, base: quotient(row.seconds, base.seconds),
     "cold ms": _number("cold_ms", _short),
     "MiB": lambda row, base: mebibytes(row),

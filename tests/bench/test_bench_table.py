@@ -206,7 +206,7 @@ def test_the_best_micro_batch_and_the_largest_batch_have_columns(tmp_path, capsy
     lines = [re.split(r"  +", line) for line in capsys.readouterr().out.splitlines()]
     assert lines[3][-2:] == ["micro-batch", "largest batch"]
     assert lines[4][-2:] == ["16", ">= 4,096 in 4 GB"]
-    assert (lines[3][2], lines[4][2]) == ("processes", "950 to 1,250")
+    assert (lines[3][2], lines[4][2]) == ("range", "950 to 1,250")
     assert lines[5][-2:] == ["8", "36 in 4 GB"]
 
 
