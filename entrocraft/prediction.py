@@ -177,8 +177,9 @@ class Gain:
 
         value = EMA(realised predicted) / EMA(predicted^2)
 
-    Kept as it is while the numerator is <= 0 (a negative gain would turn control around on noise), never below 1e-3,
-    and blind to predictions of at most 1e-9. Source: this project.
+    While the numerator is <= 0 the value fades by `ema` a step instead: a negative gain would turn control around on
+    noise, and one that stood still where it is too large would leave control believing that a little is enough while
+    the entropy goes elsewhere. Never below 1e-3, and blind to predictions of at most 1e-9. Source: this project.
 
     value: where it stands; ema: weight of the past in each average, in [0, 1); numerator, denominator: the averages.
     """
@@ -200,5 +201,5 @@ class Gain:
             return self
         numerator = self.ema * self.numerator + (1.0 - self.ema) * realised * predicted
         denominator = self.ema * self.denominator + (1.0 - self.ema) * predicted**2
-        value = max(numerator / denominator, _SMALLEST_GAIN) if numerator > 0 else self.value
-        return replace(self, value=value, numerator=numerator, denominator=denominator)
+        value = numerator / denominator if numerator > 0 else self.ema * self.value
+        return replace(self, value=max(value, _SMALLEST_GAIN), numerator=numerator, denominator=denominator)

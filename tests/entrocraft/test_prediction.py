@@ -176,12 +176,12 @@ def test_gain_by_hand() -> None:
     assert gain.numerator == pytest.approx(0.9 * 8e-5 + 0.1 * 3e-4)
 
 
-def test_gain_is_kept_while_the_numerator_is_not_positive() -> None:
+def test_gain_fades_while_the_numerator_is_not_positive() -> None:
     gain = Gain(value=10.0, ema=0.5).updated(-0.2, 0.1)
-    assert gain.value == 10.0
+    assert gain.value == 5.0
     assert (gain.numerator, gain.denominator) == pytest.approx((-0.01, 0.005))
-    gain = gain.updated(0.1, 0.1)  # numerator -0.005 + 0.005 = 0: still kept
-    assert gain.value == 10.0
+    gain = gain.updated(0.1, 0.1)  # numerator -0.005 + 0.005 = 0: still
+    assert gain.value == 2.5
     gain = gain.updated(0.1, 0.1)
     # Numerator 0 / 2 + 0.005; denominator 0.005, then 0.0025 + 0.005, then 0.00375 + 0.005.
     assert gain.value == pytest.approx(0.005 / 0.00875)
