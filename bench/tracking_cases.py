@@ -101,13 +101,18 @@ TASKS = {
 
 _SIGNED = ("--reward.signed=true",)
 _WIDTH = "--entropy.width=0.02"
-# Published rules have no guard that lets go.
-_PUBLISHED = (_WIDTH, "--entropy.release=false")
+# A published rule has no guards and nothing that lets go; its first two versions average as their source does.
+_NO_GUARDS = (
+    *("--entropy.min_kept_fraction=0", "--entropy.min_authority=0", "--entropy.min_groups=0"),
+    "--entropy.release=false",
+)
+_PUBLISHED = (_WIDTH, *_NO_GUARDS)
 
-# Methods that seek a target: run on every curve.
+# Methods that seek a target: run on every curve. The published ones have the constants of their sources, most of them
+# set for large models; `_wide` is one with the box of its coefficient, or its rate, opened for this small one.
 TARGETED: dict[str, tuple[str, ...]] = {
-    "soft": ("--entropy.rule=soft", *_PUBLISHED),
-    "hard": ("--entropy.rule=hard", *_PUBLISHED),
+    "soft": ("--entropy.rule=null", "--entropy.preset=paper_v1", *_PUBLISHED),
+    "hard": ("--entropy.rule=null", "--entropy.preset=paper_v2", *_PUBLISHED),
     "switch": ("--entropy.rule=switch", *_PUBLISHED, *_SIGNED),
     "first_order": ("--entropy.rule=first_order", _WIDTH),
     "first_order_token": ("--entropy.rule=first_order", "--entropy.level=token", _WIDTH),
@@ -117,10 +122,17 @@ TARGETED: dict[str, tuple[str, ...]] = {
     "entropic": ("--loss.method=entropic",),
     "entropic_parity": ("--loss.method=entropic_parity", "--loss.advantage=reinforce", *_SIGNED),
     "adaptive_bonus": ("--loss.method=adaptive_bonus",),
+    "adaptive_bonus_wide": ("--loss.method=adaptive_bonus", "--loss.method_options={delta: 0.04}"),
     "aent": ("--loss.method=aent", "--loss.method_options={low: null, high: null}"),
+    "aent_wide": (
+        "--loss.method=aent",
+        "--loss.method_options={low: null, high: null, rate: 0.05, minimum: 0, maximum: 1}",
+    ),
     "repo_r": ("--loss.method=repo_r",),
+    "repo_r_wide": ("--loss.method=repo_r", "--loss.method_options={maximum: 2}"),
     "polarity": ("--loss.method=polarity",),
     "adaptive_clip": ("--loss.method=adaptive_clip",),
+    "adaptive_clip_wide": ("--loss.method=adaptive_clip", "--loss.method_options={minimum: 0.01, maximum: 5}"),
 }
 # Of these, this project's; the others are published.
 OWN = ("first_order", "first_order_token", "budget", "budget_token", "budget_weighed")

@@ -21,24 +21,22 @@ SETTLED = 0.05  # nats: so close counts as having arrived after a step
 PATIENCE = 5  # steps it must stay so close
 ALLOWED = 15  # steps after a jump of the target that the worst error leaves out
 
-COLUMNS = ("error", "worst", "settling", "accuracy", "pass_at_8", "distinct", "entropy_end", "kept", "tokens")
+COLUMNS = ("error", "worst", "down", "up", "accuracy", "pass_at_8", "distinct", "entropy_end", "kept", "tokens")
 
 
 def judge(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Numbers of one run from its metrics, one row a step.
 
     error: mean |entropy - target| over the last two thirds of the steps, nats. worst: the largest there, leaving out
-    the 15 steps after a jump of the target. settling: steps from a jump of the target until the entropy is within 0.05
-    nats and stays for 5 steps, the mean of the jumps; None without a jump, the steps left where it never does.
-    accuracy, pass_at_8, distinct: on held-out prompts after the last step. kept: mean share of rollouts (of tokens,
-    where those are judged). tokens: response tokens in all. released_at: first step at which control had let go.
-    reward, negatives: a number a step, accuracy of the rollouts and share of those with A < 0 that were kept. entropy,
-    target: the two curves, nats.
+    the 15 steps after a jump of the target. accuracy, pass_at_8, distinct: on held-out prompts after the last step.
+    kept: mean share of tokens. tokens: response tokens in all. bypassed: share of the steps that went uncontrolled.
+    released_at: first step at which control had let go. reward, negatives: a number a step, accuracy of the rollouts
+    and the share of them that taught with an advantage below 0. entropy, target: the two curves, nats.
     """
     entropy = [row.get("entropy") for row in rows]
     target = [row.get("target") for row in rows]
     known = [math.nan if t is None else t for t in target]
-    jumps = [s for s in range(1, len(rows)) if abs(known[s] - known[s - 1]) > STEP / 2]
+    jumps = _jumps(known)
     late = range(len(rows) // 3, len(rows))
     errors = {s: abs(e - known[s]) for s in late if (e := entropy[s]) is not None and target[s] is not None}
     calm = [error for s, error in errors.items() if not any(0 <= s - jump < ALLOWED for jump in jumps)]
@@ -46,7 +44,6 @@ def judge(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
     return {
         "error": statistics.fmean(errors.values()),
         "worst": max(calm or errors.values()),
-        "settling": statistics.fmean(_settling(entropy, target, jumps)) if jumps else None,
         "accuracy": last["eval_accuracy"],
         "pass_at_8": last["eval_pass_at_8"],
         "distinct": last["eval_distinct_correct"],
@@ -57,21 +54,26 @@ def judge(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
         "released_at": next((s for s, row in enumerate(rows) if row.get("released")), None),
         "skipped": sum(row.get("steps_skipped", 0.0) for row in rows),
         "reward": [round(row["accuracy"], 4) for row in rows],
-        "negatives": [
-            None if row.get("kept_fraction_negative") is None else round(row["kept_fraction_negative"], 3)
-            for row in rows
-        ],
+        "negatives": [round(row["active_fraction_negative"], 3) for row in rows],
         "entropy": [None if e is None else round(e, 4) for e in entropy],
         "target": [None if t is None else round(t, 4) for t in target],
     }
 
 
-def _settling(entropy: Sequence[Any], target: Sequence[Any], jumps: list[int]) -> Iterable[int]:
-    """Steps that each jump of the target took."""
-    for jump, end in zip(jumps, [*jumps[1:], len(entropy)], strict=True):
+def _jumps(target: Sequence[float]) -> list[int]:
+    return [s for s in range(1, len(target)) if abs(target[s] - target[s - 1]) > STEP / 2]
+
+
+def settling(run: dict[str, Any]) -> dict[str, int | None]:
+    """Steps from the jump of the target "down", and from that "up", until the entropy is within 0.05 nats of it and
+    stays for 5 steps; None where it never is, and nothing where there is no such jump."""
+    entropy, target = run["entropy"], [math.nan if t is None else t for t in run["target"]]
+    jumps, found = _jumps(target), {}
+    for jump, end in zip(jumps, [*jumps, len(entropy)][1:], strict=True):
         near = [abs(entropy[s] - target[s]) <= SETTLED for s in range(jump, end)]
         waits = (w for w in range(len(near) - PATIENCE + 1) if all(near[w : w + PATIENCE]))
-        yield next(waits, len(near))
+        found["up" if target[jump] > target[jump - 1] else "down"] = next(waits, None)
+    return found
 
 
 def read_runs(path: Path) -> dict[str, dict[str, Any]]:
@@ -85,7 +87,7 @@ def read_runs(path: Path) -> dict[str, dict[str, Any]]:
 def summarise(runs: Iterable[dict[str, Any]]) -> dict[str, dict[str, Any]]:
     """Mean and spread (sample standard deviation) over seeds of every column, by the name of a case without its seed.
 
-    A run without a task is one of sums.
+    A run without a task is one of sums. down, up: of the runs that settled; never: how many did not.
     """
     groups: dict[str, list[dict[str, Any]]] = defaultdict(list)
     for run in runs:
@@ -96,8 +98,11 @@ def summarise(runs: Iterable[dict[str, Any]]) -> dict[str, dict[str, Any]]:
         row: dict[str, Any] = {name: group[0][name] for name in ("method", "schedule", "regime")}
         row["task"] = group[0].get("task", "sums")
         row["seeds"] = len(group)
+        jumped = [settling(run) for run in group]
+        row["never"] = {way: sum(found[way] is None for found in jumped) for way in jumped[0]}
         for column in COLUMNS:
-            values = [run[column] for run in group if run[column] is not None]
+            values = [value for run, found in zip(group, jumped, strict=True)
+                      if (value := (run | found).get(column)) is not None]  # fmt: skip
             row[column] = statistics.fmean(values) if values else None
             row[f"{column}_spread"] = statistics.stdev(values) if len(values) > 1 else None
         table[key] = row
@@ -113,9 +118,9 @@ def markdown(table: dict[str, dict[str, Any]]) -> str:
             continue
         lines += [
             "### " + ("" if task == "sums" else f"{task}: ") + f"{schedule}, {regime}", "",
-            "| method | seeks a target | error | worst | settling | accuracy | pass@8 | distinct right | "
+            "| method | seeks a target | error | worst | settles down | up | accuracy | pass@8 | distinct right | "
             "entropy at the end | kept | seeds |",
-            "|---|---|---|---|---|---|---|---|---|---|---|",
+            "|---|---|---|---|---|---|---|---|---|---|---|---|",
         ]  # fmt: skip
         for row in sorted(rows, key=lambda row: row["error"]):
             cells = [row["method"], "yes" if row["method"] in TARGETED else "no"]
@@ -125,10 +130,9 @@ def markdown(table: dict[str, dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def comparison(
-    table: dict[str, dict[str, Any]], ours: Sequence[str] = ("budget", "budget_token", "budget_weighed")
-) -> str:
-    """A row a curve: error and pass@8 of `ours` and of the published method that seeks a target and is the tightest."""
+def comparison(table: dict[str, dict[str, Any]]) -> str:
+    """A row a curve and form of `budget`: error and pass@8, and those of the tightest published method that seeks a
+    target."""
     lines = [
         "### Against the tightest published method", "",
         "| curve | ours | error | pass@8 | published | error | pass@8 | times tighter |",
@@ -183,10 +187,12 @@ def _panel(row: dict[str, Any]) -> tuple[str, str, str]:
 def _cell(row: dict[str, Any], column: str, nats: int) -> str:
     """Mean and spread; tracking errors with `nats` decimals, the entropy with one less."""
     value, spread = row[column], row[f"{column}_spread"]
+    never = row["never"].get(column, 0)
     if value is None:
-        return ""
-    digits = {"error": nats, "worst": nats, "entropy_end": nats - 1, "settling": 0, "distinct": 1}.get(column, 2)
-    return f"{value:.{digits}f}" + ("" if spread is None else f" ± {spread:.{digits}f}")
+        return "never" if never else ""
+    digits = {"error": nats, "worst": nats, "entropy_end": nats - 1, "down": 0, "up": 0, "distinct": 1}.get(column, 2)
+    text = f"{value:.{digits}f}" + ("" if spread is None else f" ± {spread:.{digits}f}")
+    return text + (f", {never} of {row['seeds']} never" if never else "")
 
 
 def plot_curves(runs: dict[str, dict[str, Any]], panel: tuple[str, str, str], path: Path) -> None:
@@ -232,8 +238,8 @@ def plot_frontier(table: dict[str, dict[str, Any]], task: str, path: Path) -> No
 
 
 def plot_failure(runs: dict[str, dict[str, Any]], regime: str, path: Path) -> None:
-    """Of the target that is too high, a column a method of the first seed: entropy and target, accuracy, and the share
-    of rollouts with a negative advantage that contribute (arXiv 2604.26326, Fig. 7); a line where control let go."""
+    """Of the target that is too high, a column a method of the first seed: entropy and target, accuracy, and the
+    rollouts that contribute with a negative advantage (arXiv 2604.26326, Fig. 7); a line where control let go."""
     here = [run for run in runs.values() if _panel(run) == ("sums", "too_high", regime)]
     if not here:
         return
@@ -249,7 +255,7 @@ def plot_failure(runs: dict[str, dict[str, Any]], regime: str, path: Path) -> No
         column[0].plot(run["target"], color="#888888", lw=1)
         column[0].set_title(run["method"], fontsize=9)
         column[2].set_xlabel("step")
-    for axis, label in zip(axes[:, 0], ("entropy (nats)", "accuracy", "negatives kept"), strict=True):
+    for axis, label in zip(axes[:, 0], ("entropy (nats)", "accuracy", "share of contributing negatives"), strict=True):
         axis.set_ylabel(label)
     figure.savefig(path, dpi=110)
 

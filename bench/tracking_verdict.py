@@ -58,8 +58,8 @@ def method_table(table: Means) -> str | None:
         return None
     lines = [
         "| method | reaches a target | follows a curve | any advantage | error: level | line | cosine | wave | "
-        "steps to settle | accuracy | distinct right of 8 |",
-        "|---|---|---|---|---|---|---|---|---|---|---|",
+        "step | settles down | up | accuracy | distinct right of 8 |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     ranked = sorted(whole[1:], key=lambda name: sum(table[f"{name}-line-{regime}"]["error"] for regime in REGIMES))
     for name in [*ranked, "none"]:
@@ -68,7 +68,8 @@ def method_table(table: Means) -> str | None:
             ["no", "no", "yes"] if name == "none" else [reaches(table, name), follows(table, name), any_advantage(name)]
         )
         words += [_pair(table, name, curve, "error", 3) for curve in ("level", *FALLING, "wave")]
-        words += [_pair(table, name, "step_down_up", "settling", 0)]
+        words += [_pair(table, name, "step_down_up", "error", 3)]
+        words += [_pair(table, name, "step_down_up", way, 0) for way in ("down", "up")]
         words += [_pair(table, name, "line", "accuracy", 2), _pair(table, name, "line", "distinct", 1)]
         lines.append("| " + " | ".join(words) + " |")
     seeds = sorted({row["seeds"] for row in table.values() if row["task"] == "sums"})
@@ -83,8 +84,10 @@ def method_table(table: Means) -> str | None:
 
 
 def _pair(table: Means, method: str, curve: str, column: str, digits: int) -> str:
-    """A column's means in both regimes; empty where the curve was not run."""
+    """A column's means in both regimes; empty where the curve was not run, "never" if any seed did not settle."""
     rows = [table.get(f"{method}-{curve}-{regime}") for regime in REGIMES]
     if all(row is None for row in rows):
         return ""
-    return " / ".join("-" if row is None else f"{row[column]:.{digits}f}" for row in rows)
+    return " / ".join(
+        "-" if row is None else "never" if row["never"].get(column) else f"{row[column]:.{digits}f}" for row in rows
+    )

@@ -115,7 +115,8 @@ class EntropyController:
         the loss does not depend on what is kept: not so under `losses.KEPT_DENOMINATORS`.
 
         Args:
-            step: an integer >= 0; what the schedule is asked at. The aim of an update is the schedule at step + 1.
+            step: an integer >= 0; what the schedule is asked at. The aim of an update is the schedule at step + 1, or
+                at `last_step` once that is reached.
             stats: of the T packed tokens under the policy before the update; with p2_T for the rules that predict.
             rollout_T: int64 `[T]`, non-decreasing. group_R: int64 `[R]`, >= 0. advantage_R: `[R]`, finite.
             reward_R: `[R]`, raw rewards, NaN for no verdict; rule `switch` needs them, and `Release` to see them fall.
@@ -163,6 +164,18 @@ class EntropyController:
         """Say that the last decision led to no update (a skipped step), so that no gain is learnt from it."""
         self._state = replace(self._state, predicted=None)
 
+    def scale_prediction(self, share: float) -> None:
+        """Say that the update uses only this share of what was kept, drawn at random (`waves.subsample`): the gain is
+        learnt from a prediction that is so much smaller.
+
+        Raises:
+            ValueError: share not in (0, 1].
+        """
+        if not 0.0 < share <= 1.0:
+            raise ValueError(f"share = {share!r}: expected a share in (0, 1] of what was kept")
+        if self._state.predicted is not None:
+            self._state = replace(self._state, predicted=share * self._state.predicted)
+
     def state_dict(self) -> dict[str, Any]:
         """The state as plain Python numbers and None; JSON keeps it exactly."""
         return self._state.as_dict()
@@ -193,7 +206,7 @@ class EntropyController:
     def _aim(self, step: int, entropy: float, state: ControllerState) -> Aim:
         assert state.anchor is not None, "the first entropy anchors the schedule"
         assert state.excess is not None, "set together with the anchor"
-        aim = Aim.of(self._band.anchored(state.anchor), step, entropy)
+        aim = Aim.of(self._band.anchored(state.anchor), step, entropy, last_step=self._last_step)
         check_reachable(aim.high, step, self._vocab_size)
         steers = not isinstance(self._rule, rules.none)
         if state.decided == 0 and steers and far(state.excess, state.anchor):

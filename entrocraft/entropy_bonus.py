@@ -11,8 +11,8 @@ from entrocraft.objective import LossFn
 class EntropyBonus(Stateless):
     """L = L_policy - coefficient * mean entropy.
 
-    The mean is that of the aggregation, over all tokens that count, rejected ones included. Gradient per logit
-    -coefficient S_i / temperature (`prediction`). Entropy: up for a positive coefficient, down for a negative one,
+    The mean is that of the aggregation, over all tokens that count, rejected ones included. Gradient of L per
+    logit coefficient S_i / temperature (`prediction`). Entropy: up for a positive coefficient, down for a negative one,
     without a set-point: the same coefficient can leave it falling or make it run away.
 
     Source: Williams & Peng 1991; the released code of arXiv 2604.26326 compares itself with 0.003.

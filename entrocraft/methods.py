@@ -56,7 +56,7 @@ class Signal:
     """What is known once a step, before its updates: what an adaptive method steers by.
 
     step, steps: the present optimizer round and their number, from 0. entropy: of the batch under the policy that is
-    about to change, nats a token. target: what the schedule asks for at this step, nats; None without a schedule.
+    about to change, nats a token. target: what the schedule asks for after this step's updates, nats; None without one.
     clamped_entropy: that of AEnt, where it was measured.
     """
 
@@ -206,13 +206,13 @@ def make_objective(
     """
     terms = method.terms(tokens, state)
 
-    def weights(keep_T: Tensor | None) -> Tensor:
+    def weights(keep_T: Tensor | None, advantage_R: Tensor | None) -> Tensor:
         return token_weights(
             tokens.rollout_T, terms.mask_T, tokens.group_R,
             aggregation=aggregation, keep_T=keep_T, advantage_R=advantage_R, scale=scale,
         )  # fmt: skip
 
-    weight_T = weights(tokens.keep_T)
+    weight_T = weights(tokens.keep_T, advantage_R)
     if tokens.importance_T is not None:
         weight_T = weight_T * tokens.importance_T
     of_mean = tuple(replace(term, weight_T=term.weight_T * weight_T) for term in terms.extra_of_mean)
@@ -226,7 +226,8 @@ def make_objective(
         lengths_R=tokens.lengths_R,
         mask_T=tokens.mask_T,
         entropy_coefficient=terms.entropy_coefficient,
-        entropy_weight_T=weights(None) if terms.entropy_coefficient else None,
+        # Of all rollouts: eq5 would leave those without an advantage out, which have an entropy nevertheless.
+        entropy_weight_T=weights(None, torch.ones_like(tokens.group_R)) if terms.entropy_coefficient else None,
         extra=(*terms.extra, *of_mean),
         clamped_share=terms.clamped_share if terms.entropy_coefficient else 0.0,
     )

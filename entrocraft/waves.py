@@ -31,8 +31,9 @@ class Waves:
 
     rounded up to whole groups, within what is left of max_factor * target rollouts, for at most max_waves waves.
 
-    Experimental: derived here, measured in no published run. Effect on entropy: none of its own; where a rule keeps
-    few, the step does not shrink with them. Source: this project.
+    Experimental: derived here, measured in no published run. Effect on entropy: none of its own. Under a loss that
+    averages over the kept (`losses.KEPT_DENOMINATORS`) the step does not shrink where a rule keeps few; under others it
+    shrinks with the share that is kept, waves or not, and more sampling makes it less noisy. Source: this project.
 
     Args:
         target: >= 1, rollouts to keep in a step.

@@ -215,7 +215,12 @@ def _exactly(
         sample_R=rollouts.sample_R.numpy(),
     )
     chosen_R = torch.from_numpy(np.ascontiguousarray(chosen))
+    predicted = {}
+    if kept > target:
+        run.controller.scale_prediction(target / kept)
+        names = ("predicted_change_kept", "predicted_change")
+        predicted = {name: target / kept * decision.metrics[name] for name in names}
     keep_T = decision.keep_T & chosen_R[rollouts.rollout_T]
     factor = loss_scale(kept, target) if learning.aggregation in KEPT_DENOMINATORS else 1.0
-    used = replace(decision, keep_R=chosen_R, keep_T=keep_T)
+    used = replace(decision, keep_R=chosen_R, keep_T=keep_T, metrics={**decision.metrics, **predicted})
     return used, replace(learning, factor=factor), {"kept_before_subsampling": float(kept), "loss_factor": factor}

@@ -157,7 +157,7 @@ class EntropyConfig:
     level: Literal["sequence", "token"] = "sequence"
     """`first_order` and `budget`: reject whole rollouts or single tokens."""
     gamma: float | None = None
-    """`soft`: steepness of the acceptance probability; 10 when empty."""
+    """`soft` and `soft_expected`: steepness of the acceptance probability; 10 when empty."""
     schedule: ScheduleConfig = ScheduleConfig()
     """The curve."""
     width: float = 0.1

@@ -6,10 +6,13 @@ import importlib
 from entrocraft import EntropyController, corrections, losses, methods, rules, schedules
 from entrocraft.registry import resolve
 from entrocraft.release import Release
-from entrocraft.train.config import Config, ScheduleConfig
+from entrocraft.train.config import Config, EntropyConfig, LossConfig, ScheduleConfig
 from entrocraft.train.step import policy_loss
 
 Schedule = schedules.Schedule
+
+_TAKE_GAMMA = ("soft", "soft_expected")
+_TAKE_LEVEL = ("first_order", "budget")
 
 
 def build_schedule(config: ScheduleConfig, run_steps: int) -> Schedule:
@@ -50,17 +53,15 @@ def build_controller(config: Config, *, vocab_size: int) -> tuple[EntropyControl
     an aggregation that makes the prediction wrong.
     """
     entropy = config.entropy
+    _check_used(entropy)
     if entropy.preset is not None:
         preset = rules.preset(entropy.preset)
         rule, aggregation = preset.rule, preset.aggregation
     else:
-        options: dict[str, dict[str, object]] = {
-            "soft": {} if entropy.gamma is None else {"gamma": entropy.gamma},
-            "first_order": {"level": entropy.level},
-            "budget": {"level": entropy.level},
-        }
         name = entropy.rule if entropy.rule is not None else "none"
-        rule = rules.build(name, **options.get(name, {}), **entropy.rule_options)
+        options: dict[str, object] = {"level": entropy.level} if name in _TAKE_LEVEL else {}
+        options |= {} if entropy.gamma is None else {"gamma": entropy.gamma}
+        rule = rules.build(name, **options, **entropy.rule_options)
         aggregation = config.loss.aggregation or "token_mean"
         _check_predictable(rule, name, aggregation)
     release = Release(reward_share=entropy.release_share, patience=entropy.release_patience)
@@ -80,6 +81,21 @@ def build_controller(config: Config, *, vocab_size: int) -> tuple[EntropyControl
     return controller, aggregation
 
 
+def _check_used(entropy: EntropyConfig) -> None:
+    """Raise ValueError for a setting of some rules beside a rule, or a preset, that does not read it."""
+    rule = entropy.preset or entropy.rule or "none"
+    if entropy.gamma is not None and rule not in _TAKE_GAMMA:
+        raise ValueError(
+            f"entropy.gamma = {entropy.gamma!r}: {rule!r} does not read it, {' and '.join(_TAKE_GAMMA)} do; leave it "
+            "out, or give a rule of your own its arguments by entropy.rule_options"
+        )
+    if entropy.level != EntropyConfig().level and rule not in _TAKE_LEVEL:
+        raise ValueError(
+            f"entropy.level = {entropy.level!r}: {rule!r} does not read it, {' and '.join(_TAKE_LEVEL)} do; leave it "
+            "out, or give it to the rule that another wraps, by entropy.rule_options"
+        )
+
+
 def build_method(config: Config) -> methods.Method:
     """The configured method, on the configured policy loss where it is built on one.
 
@@ -94,8 +110,23 @@ def build_method(config: Config) -> methods.Method:
             f"loss.policy = {loss.policy!r}: loss.method = {loss.method!r} has a policy loss of its own; leave "
             "loss.policy alone"
         )
+    _check_clips_used(loss, takes=takes)
     given = {"loss_fn": policy_loss(config)} if takes else {}
     return methods.build(loss.method, **given, **loss.method_options)
+
+
+def _check_clips_used(loss: LossConfig, *, takes: bool) -> None:
+    """Raise ValueError for clips of PPO beside a policy loss that has none of them."""
+    if takes and loss.policy == "ppo_clip":
+        return
+    owner = f"loss.policy = {loss.policy!r}" if takes else f"loss.method = {loss.method!r}"
+    for name in ("clip_low", "clip_high", "dual_clip"):
+        value = getattr(loss, name)
+        if value != getattr(LossConfig(), name):
+            raise ValueError(
+                f"loss.{name} = {value!r}: it is a clip of ppo_clip, and {owner} does not read it; leave it out, or "
+                f"set what it has of its own by loss.{'policy' if takes else 'method'}_options"
+            )
 
 
 def _check_predictable(rule: rules.Rule, name: str, aggregation: str) -> None:

@@ -55,6 +55,8 @@ class Penalty:
     ) -> PolicyObjective:
         """The objective of these rollouts with the penalty in it."""
         kept_T = keep_T if self.config.kl_on == "kept" else None
+        if kept_T is None:  # eq5 would leave rollouts without an advantage out, which drift like the others
+            advantage_R = torch.ones_like(advantage_R)
         weight_T = token_weights(
             rollouts.rollout_T,
             rollouts.mask_T,

@@ -171,7 +171,8 @@ class Run:
     def decide(self, rollouts: Rollouts, stats: TokenStats, reward_R: torch.Tensor) -> tuple[Decision, Learning]:
         """Advantages, then the method's look at the entropy, then the controller's verdict on every rollout.
 
-        The predicted entropy change uses the gradient of the loss that is about to be taken, at the scored policy.
+        The predicted entropy change uses the gradient of the policy loss that is about to be taken, at the scored
+        policy; a penalty to a reference and an entropy bonus are not in it.
         """
         counted_R = torch.bincount(rollouts.rollout_T[rollouts.mask_T], minlength=rollouts.R)
         advantage_R = self.advantage(reward_R, rollouts.group_R, counted_R)
@@ -206,7 +207,7 @@ class Run:
             step=self.step - 1,
             steps=self.config.optimizer.steps,
             entropy=entropy,
-            target=self.controller.target(self.step, entropy=entropy),
+            target=self.controller.target(min(self.step + 1, self.config.optimizer.steps), entropy=entropy),
         )
         self.method_state = self.method.observe(self.method_state, signal)
         return Learning(

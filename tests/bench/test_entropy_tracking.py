@@ -11,7 +11,16 @@ sys.path.insert(0, str(BENCH))
 
 import bench_entropy_tracking  # noqa: E402
 from tracking_cases import FREE, SCHEDULES, TARGETED, TASKS, grid  # noqa: E402
-from tracking_report import comparison, destroyed, judge, markdown, plot_failure, read_runs, summarise  # noqa: E402
+from tracking_report import (  # noqa: E402
+    comparison,
+    destroyed,
+    judge,
+    markdown,
+    plot_failure,
+    read_runs,
+    settling,
+    summarise,
+)
 from tracking_verdict import method_table  # noqa: E402
 
 from entrocraft.schedules import anchored  # noqa: E402
@@ -23,7 +32,7 @@ def _rows(entropy, target):
     rows = [
         {
             "entropy": e, "target": t, "kept_token_fraction": 0.5, "tokens_per_second": 10.0, "seconds": 2.0,
-            "bypassed": 0.0, "accuracy": 0.25, "kept_fraction_negative": 0.5,
+            "bypassed": 0.0, "accuracy": 0.25, "active_fraction_negative": 0.5,
         }
         for e, t in zip(entropy, target, strict=True)
     ]  # fmt: skip
@@ -42,9 +51,16 @@ def test_errors_and_settling_by_hand():
     found = judge(_rows(entropy, target))
     assert found["error"] == pytest.approx((8 * 0.2 + 30 * 0.1 + 0.06) / 60)
     assert found["worst"] == pytest.approx(0.1)  # the eight steps after the jump are left out
-    assert found["settling"] == pytest.approx((8 + 30) / 2)
+    assert settling(found) == {"down": 8, "up": None}
     assert (found["accuracy"], found["distinct"], found["kept"], found["tokens"]) == (0.5, 3.0, 0.5, 90 * 20)
-    assert judge(_rows([1.0] * 9, [1.0] * 9))["settling"] is None
+    assert settling(judge(_rows([1.0] * 9, [1.0] * 9))) == {}
+    stays = found | {"method": "budget", "regime": "one_pass"}
+    late = judge(_rows(entropy[:75] + target[75:], target)) | {"method": "budget", "regime": "one_pass"}
+    runs = [one | {"schedule": "step_down_up", "seed": seed} for seed, one in enumerate((late, late, stays))]
+    assert settling(late) == {"down": 8, "up": 15}
+    (row,) = summarise(runs).values()
+    assert (row["down"], row["up"], row["never"]) == (8.0, 15.0, {"down": 0, "up": 1})
+    assert "| 8 ± 0 | 15 ± 0, 1 of 3 never |" in markdown({"": row})
 
 
 def test_means_and_spreads_over_seeds():
@@ -74,12 +90,15 @@ def test_ours_against_the_tightest_published_and_what_control_destroyed():
 
 
 def _means(method, errors, *, seeds=2):
-    """Runs of a method whose mean errors are these, in both regimes; accuracy and distinct answers the same."""
-    curves = {"entropy": [], "target": []}
+    """Runs of a method whose mean errors are these, in both regimes; accuracy and distinct answers the same. A step
+    is met in seven steps downwards, and upwards by one seed only."""
+    flat = {"entropy": [1.0] * 30, "target": [1.0] * 30}
+    target = [1.0] * 10 + [0.7] * 15 + [1.0] * 15
+    step = [{"entropy": [1.0] * 17 + [0.7] * 8 + [last] * 15, "target": target} for last in (1.0, 0.8)]
     return [
-        {"method": method, "schedule": schedule, "regime": regime, "seed": seed, **curves,
+        {"method": method, "schedule": schedule, "regime": regime, "seed": seed,
+         **(step[seed] if schedule == "step_down_up" else flat),
          "error": error + (0.001 if seed else -0.001), "worst": 0.1,
-         "settling": 7 if schedule == "step_down_up" else None,
          "accuracy": 0.9, "pass_at_8": 1.0, "distinct": 4.25, "entropy_end": 0.5, "kept": 1.0, "tokens": 1.0}
         for schedule, error in errors.items() for regime in ("one_pass", "reused") for seed in range(seeds)
     ]  # fmt: skip
@@ -93,15 +112,17 @@ def test_what_each_method_reaches_and_follows_is_said_of_its_means():
         *_means("budget", {"line": 0.01, "half_cosine": 0.02, "wave": 0.04, "level": 0.039, "step_down_up": 0.2}),
         *_means("soft", {"line": 0.2}),
     ]
-    cost, empty = "0.90 / 0.90 | 4.2 / 4.2", "| | |"
+    cost, empty, no_step = "0.90 / 0.90 | 4.2 / 4.2", "| | | | |", "| | | |"
     table = method_table(summarise(runs))
     assert table is not None
     assert [" ".join(line.split()) for line in table.splitlines()[2:]] == [
-        "| `budget` * | yes | yes | yes | 0.039 / 0.039 | 0.010 / 0.010 | 0.020 / 0.020 | 0.040 / 0.040 | 7 / 7 | "
+        "| `budget` * | yes | yes | yes | 0.039 / 0.039 | 0.010 / 0.010 | 0.020 / 0.020 | 0.040 / 0.040 | "
+        "0.200 / 0.200 | 7 / 7 | never / never | "
         + cost + " |",
-        "| `hard` | no | falling ones | yes | 0.041 / 0.041 | 0.019 / 0.019 | 0.020 / 0.020 | 0.041 / 0.041 | | "
-        + cost + " |",
-        "| `switch` | yes | no | no | 0.010 / 0.010 | 0.021 / 0.021 | 0.010 / 0.010 | 0.010 / 0.010 | | " + cost + " |",
+        "| `hard` | no | falling ones | yes | 0.041 / 0.041 | 0.019 / 0.019 | 0.020 / 0.020 | 0.041 / 0.041 "
+        f"{no_step} {cost} |",
+        "| `switch` | yes | no | no | 0.010 / 0.010 | 0.021 / 0.021 | 0.010 / 0.010 | 0.010 / 0.010 "
+        f"{no_step} {cost} |",
         f"| `soft` | not run | no | yes | | 0.200 / 0.200 {empty} | {cost} |",
         f"| `none` | no | no | yes | | 0.300 / 0.300 {empty} | {cost} |",
         "",
@@ -145,7 +166,7 @@ def test_tasks_are_told_apart_and_the_names_of_sums_stay():
     sums, addition = markdown(table).split("### addition: line, reused")
     assert "### line, reused" in sums
     assert "| budget | yes | 0.020 ± 0.014 | 0.020" in sums
-    assert "| budget | yes | 0.0012 | 0.0012 |  | 0.50 | 0.75 | 3.0 | 0.100 |" in addition
+    assert "| budget | yes | 0.0012 | 0.0012 |  |  | 0.50 | 0.75 | 3.0 | 0.100 |" in addition
     names = {task: {case.name for case in grid(["budget"], ["line"], seeds=(3,), task=task)} for task in TASKS}
     assert names["sums"] == {"budget-line-one_pass-seed3", "budget-line-reused-seed3"}
     assert names["addition"] == {"addition-budget-line-one_pass-seed3", "addition-budget-line-reused-seed3"}

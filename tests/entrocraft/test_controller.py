@@ -29,7 +29,8 @@ METRICS = {
     *("logprob_negative", "target", "band_low", "band_high", "direction", "error", "need", "gain", "bypassed"),
     *("predicted_change_all", "predicted_change_kept", "predicted_change", "realised_change"),
     *("kept_fraction", "kept_token_fraction", "kept_fraction_positive", "kept_fraction_negative", "kept_groups"),
-    *("active_fraction", "acceptance_mean", "authority", "target_start_excess", "target_start_far_above"),
+    *("active_fraction", "active_fraction_negative", "acceptance_mean", "authority"),
+    *("target_start_excess", "target_start_far_above"),
     *("released", "reach", "reward_mean", "reward_best", "weight_min", "weight_mean", "weight_max"),
     "effective_share",
 }
@@ -157,7 +158,7 @@ def test_gain_is_learnt_from_what_was_kept_and_what_came_of_it(scored_batch: Cal
             assert metrics["realised_change"] == realised
             numerator = 0.8 * numerator + 0.2 * realised * predicted
             denominator = 0.8 * denominator + 0.2 * predicted**2
-            gain = max(numerator / denominator, 1e-3) if numerator > 0 else gain
+            gain = max(numerator / denominator, 1e-3) if numerator > 0 else 0.8 * gain
         assert metrics["gain"] == pytest.approx(gain, rel=1e-12)
         last = metrics
     assert gain not in (4.0, 1e-3)
@@ -276,6 +277,31 @@ def test_the_end_of_a_measured_schedule_is_checked_once_it_is_known(scored_batch
     assert whole.state_dict() == before
     short = EntropyController(schedule, rules.none(), vocab_size=11, last_step=first_beyond - 1)
     assert scored.decide(short, 0).metrics["target"] == pytest.approx(entropy)
+
+
+@pytest.mark.parametrize("rule", [rules.none(), rules.budget()])
+def test_a_schedule_need_not_go_on_after_the_last_step(rule: Rule, scored_batch: Callable[..., Any]) -> None:
+    scored = scored_batch(0)
+    table = [1.5, 1.2, 0.9]  # steps 0 to 2
+    controller = EntropyController(table.__getitem__, rule, last_step=2)
+    needs = [scored.decide(controller, step).metrics["need"] for step in range(3)]
+    assert needs == pytest.approx([target - _entropy(scored) for target in (1.2, 0.9, 0.9)])
+
+
+@pytest.mark.parametrize("share", [0.25, 1.0])
+def test_the_gain_is_learnt_from_the_share_that_was_used(share: float, scored_batch: Callable[..., Any]) -> None:
+    first, second = scored_batch(0), scored_batch(1, sharpness=1.5)
+    controller = _controller(_entropy(first), rules.none())
+    predicted = first.decide(controller, 0).metrics["predicted_change_kept"]
+    second = scored_batch(1, sharpness=1.5 if predicted > 0 else 3.0)  # so that the numerator is positive
+    controller.scale_prediction(share)
+    metrics = second.decide(controller, 1).metrics
+    assert metrics["gain"] == pytest.approx(metrics["realised_change"] / (share * predicted))
+    controller.forget_prediction()
+    controller.scale_prediction(share)  # nothing to scale, and no harm
+    for wrong in (0.0, 1.5, math.nan):
+        with pytest.raises(ValueError, match="expected a share in"):
+            controller.scale_prediction(wrong)
 
 
 def test_a_schedule_far_above_the_model_warns_once(scored_batch: Callable[..., Any]) -> None:

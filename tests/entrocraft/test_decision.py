@@ -57,6 +57,7 @@ def test_metrics_of_what_was_kept(rule: Rule, shift: float, scored_batch: Callab
         "kept_fraction_negative": float(keep_R[advantage_R < 0].double().mean()),
         "kept_groups": float(len(scored.group_R[active_R].unique())),
         "active_fraction": float(active_R.double().mean()),
+        "active_fraction_negative": float((keep_R & (decision.advantage_R < 0)).double().mean()),
         "authority": float(((advantage_R != 0) | (decision.advantage_R != 0)).double().mean()),
         "bypassed": 0.0,
     }

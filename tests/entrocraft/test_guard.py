@@ -178,6 +178,7 @@ def test_what_is_counted_as_kept_has_a_weight() -> None:
             "kept_fraction_negative": 0.0,
             "kept_groups": 2.0,
             "active_fraction": 3 / 8,
+            "active_fraction_negative": 0.0,
             "authority": 6 / 8,
             "weight_min": 0.5,
             "weight_mean": (1.0 + 2.0 + 0.5 + 1.0) / 4,
