@@ -4,7 +4,8 @@
     python bench/gpu_train_step.py --out /tmp/o --size tiny --parts whole rank_of_8  # on a CPU, seconds
 
 A machine with torch and transformers that can fetch nothing is carried the rest: `pip install --target carried
-"jsonargparse[signatures]" pebble math-verify` here, `PYTHONPATH=carried` there.
+"jsonargparse[signatures]" pebble math-verify matplotlib rich` here; there `ln -s "$PWD/entrocraft" carried/`, since the
+root itself holds a folder `kernels` that hides Hugging Face's, and `PYTHONPATH=carried`.
 
 Weights are random and sequences full: 4,096 tokens, a quarter of them prompt. Every part runs in a process of its own
 and through the trainer's own code (`Policy.score`, FSDP2, the fused head, AdamW).
@@ -30,6 +31,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed.fsdp import FSDPModule
 
 from entrocraft import Rollouts
 from entrocraft.train.config import Config, ModelConfig
@@ -199,6 +201,8 @@ def largest(size: str, device: torch.device) -> dict[str, Any]:
     """The most sequences of one micro-batch that an update of one rank of eight fits into each limit with."""
     if device.type != "cuda":
         return {"skipped": "a CPU has no limit that torch would keep to"}
+    if not hasattr(FSDPModule, "reset_iter_state"):
+        return {"skipped": f"torch {torch.__version__}: FSDP2 does not recover from running out of memory; 2.13 does"}
     total = torch.cuda.get_device_properties(device).total_memory
     found: dict[str, Any] = {}
     with joined(8, device):
@@ -240,6 +244,8 @@ def runs(step: Step, sequences: int) -> bool:
     try:
         step.update(step.batch(sequences))
     except torch.OutOfMemoryError:
+        # FSDP2 would go on as in the middle of that backward, and never cut its weights up again.
+        step.policy.model.reset_iter_state()
         return False
     finally:
         step.optimizer.zero_grad(set_to_none=True)

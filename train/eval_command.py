@@ -34,6 +34,7 @@ from entrocraft.train.eval_figure import plot_pass_at_k
 from entrocraft.train.eval_record import Record
 from entrocraft.train.eval_statistics import summarise
 from entrocraft.train.evaluation import evaluate, spread_out
+from entrocraft.train.parallel import local_device
 from entrocraft.train.policy import Policy, choose_device
 from entrocraft.train.problem_sets import DEFAULT_SET, load_held_out
 from entrocraft.train.rewards import RewardPool
@@ -131,7 +132,7 @@ def _show(summaries: dict[str, dict[str, Any]], console: Console) -> None:
 def load_policy(config: Config) -> Policy:
     """The model in what `parallel.param_dtype` says; its weights stay in their files where nothing computes with them
     here, which is with vLLM and without `evaluation.entropy`."""
-    device = choose_device(config.device)
+    device = local_device(choose_device(config.device))
     if config.engine.name != "hf" and not config.evaluation.entropy:
         return StoredPolicy(config.model, device)
     return Policy.load(

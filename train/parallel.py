@@ -130,10 +130,20 @@ class Ranks:
 
 
 def local_device(device: torch.device) -> torch.device:
-    """The GPU of this process, by the LOCAL_RANK that torchrun sets; a device with a number, or the CPU, as it is."""
-    if device.type != "cuda" or device.index is not None:
+    """The GPU of this process, which is made the current one: that of its number, else of the LOCAL_RANK that torchrun
+    sets. The CPU as it is.
+
+    Raises ValueError for a number beside several processes, which would share that GPU.
+    """
+    if device.type != "cuda":
         return device
-    own = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    if device.index is not None and processes > 1:
+        raise ValueError(
+            f"device = '{device}': {processes} processes cannot share one GPU; say 'cuda', and each takes its own "
+            "(CUDA_VISIBLE_DEVICES chooses among them)"
+        )
+    own = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) if device.index is None else device.index)
     torch.cuda.set_device(own)
     return own
 

@@ -260,8 +260,9 @@ class Policy:
         return TokenStats.cat([stats for _, stats in found]).index(where_T)
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
-        """Every tensor whole, by the name it is loaded under, with adapters merged; all ranks iterate together."""
-        return named_weights(self.model)
+        """Every tensor whole, by the name it is loaded under, with adapters merged, on the device that computes, where
+        checksums are quick, even if shards rest on the host; all ranks iterate together."""
+        return ((name, whole.to(self.device)) for name, whole in named_weights(self.model))
 
     def save(self, folder: Path) -> None:
         """Writes a Hugging Face folder (safetensors and tokenizer) that `model.path`, vLLM and transformers load."""

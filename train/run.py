@@ -78,7 +78,7 @@ class Run:
         self._check_sizes()
         self.policy.check(self.prompts[0])
         self.liger = use_liger(self.policy, config.model, self.prompts[0][:64])
-        self.engine = SpreadEngine(build_engine(config, self.policy), self.policy)
+        self.engine = SpreadEngine(build_engine(config, self.policy), self.policy, ahead=config.engine.overlap)
         self.order = PromptOrder(len(self.problems), config.seed, shuffle=config.data.shuffle)
         self.drawing = _drawing(config, self.engine, self.order, self.prompts)
         self.optimizer = _optimizer(config, self.policy)
@@ -112,6 +112,7 @@ class Run:
 
     def resume(self) -> int | None:
         """Loads the newest whole checkpoint, if any, and returns its step."""
+        self.engine.rest()  # loading makes gradients and moments, which no step has beside an engine that is awake
         state = self.checkpoints.load_newest(self.policy.model, self.optimizer)
         if state is None:
             return None

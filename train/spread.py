@@ -47,12 +47,16 @@ class SpreadEngine:
     """A rollout engine on every rank: each samples its share of the prompts, and `sample` gives all of them to all.
 
     An engine that generates with the trainer's own module (`uses_policy`) gets whole weights for the time.
+
+    ahead: `sample` is called in a thread of its own while the ranks talk of other things. It then has a group of its
+    own: messages of one group pair up in the order they are sent in, which would differ from rank to rank. All ranks
+    build it together.
     """
 
-    def __init__(self, engine: RolloutEngine, policy: Policy) -> None:
+    def __init__(self, engine: RolloutEngine, policy: Policy, *, ahead: bool = False) -> None:
         self.engine = engine
         self.policy = policy
-        self.ranks: Ranks = policy.ranks
+        self.ranks: Ranks = policy.ranks.another() if ahead else policy.ranks
 
     def publish(self, version: int) -> dict[str, float]:
         """Every rank's engine gets the present weights; metrics of this rank's."""

@@ -122,6 +122,8 @@ class VLLMEngine:
 
     @torch.no_grad()
     def _publish(self, version: int) -> Ledger:
+        if self.model.device.type == "cuda":  # vLLM's stream does not wait for the one that the optimizer works on
+            torch.cuda.synchronize(self.model.device)
         ledger = Ledger(version)
         if self.asleep:
             self.llm.wake_up(tags=["weights"])

@@ -85,6 +85,28 @@ def test_a_rank_of_eight_keeps_an_eighth(bench):
     assert bench.largest("tiny", cpu) == {"skipped": "a CPU has no limit that torch would keep to"}
 
 
+def test_after_memory_ran_out_in_a_backward_pass_the_rank_has_its_eighth_again(bench):
+    def fail(*arguments):
+        raise torch.OutOfMemoryError
+
+    cpu = torch.device("cpu")
+    with bench.joined(8, cpu):
+        step = bench.Step("tiny", cpu, 8)
+
+        def held():
+            parameters = list(step.policy.model.parameters())
+            return [parameter.to_local().numel() if isinstance(parameter, DTensor) else 0 for parameter in parameters]
+
+        assert bench.runs(step, 1)
+        before = held()
+        hook = step.policy.model.model.layers[1].register_full_backward_hook(fail)
+        assert not bench.runs(step, 1)
+        hook.remove()
+        assert bench.runs(step, 1)
+        assert held() == before
+        assert min(before) > 0
+
+
 @pytest.mark.parametrize("most", [0, 1, 2, 127, 128, 200, 255, 256, 1000])
 def test_the_search_finds_the_largest_number_that_fits(bench, most):
     asked = []

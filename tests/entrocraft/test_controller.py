@@ -288,22 +288,6 @@ def test_a_schedule_need_not_go_on_after_the_last_step(rule: Rule, scored_batch:
     assert needs == pytest.approx([target - _entropy(scored) for target in (1.2, 0.9, 0.9)])
 
 
-@pytest.mark.parametrize("share", [0.25, 1.0])
-def test_the_gain_is_learnt_from_the_share_that_was_used(share: float, scored_batch: Callable[..., Any]) -> None:
-    first, second = scored_batch(0), scored_batch(1, sharpness=1.5)
-    controller = _controller(_entropy(first), rules.none())
-    predicted = first.decide(controller, 0).metrics["predicted_change_kept"]
-    second = scored_batch(1, sharpness=1.5 if predicted > 0 else 3.0)  # so that the numerator is positive
-    controller.scale_prediction(share)
-    metrics = second.decide(controller, 1).metrics
-    assert metrics["gain"] == pytest.approx(metrics["realised_change"] / (share * predicted))
-    controller.forget_prediction()
-    controller.scale_prediction(share)  # nothing to scale, and no harm
-    for wrong in (0.0, 1.5, math.nan):
-        with pytest.raises(ValueError, match="expected a share in"):
-            controller.scale_prediction(wrong)
-
-
 def test_a_schedule_far_above_the_model_warns_once(scored_batch: Callable[..., Any]) -> None:
     scored = scored_batch(0, sharpness=4.0)
     entropy = _entropy(scored)

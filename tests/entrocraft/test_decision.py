@@ -277,3 +277,19 @@ def test_a_decision_checks_its_parts(changes: dict[str, Any], message: str) -> N
     assert Decision(**parts).direction == 0
     with pytest.raises(ValueError, match=message):
         Decision(**(parts | changes))
+
+
+@pytest.mark.parametrize("share", [0.25, 1.0])
+def test_the_gain_is_learnt_from_the_share_that_was_used(share: float, scored_batch: Callable[..., Any]) -> None:
+    first, second = scored_batch(0), scored_batch(1, sharpness=1.5)
+    controller = _controller(_entropy(first), rules.none())
+    predicted = first.decide(controller, 0).metrics["predicted_change_kept"]
+    second = scored_batch(1, sharpness=1.5 if predicted > 0 else 3.0)  # so that the numerator is positive
+    controller.scale_prediction(share)
+    metrics = second.decide(controller, 1).metrics
+    assert metrics["gain"] == pytest.approx(metrics["realised_change"] / (share * predicted))
+    controller.forget_prediction()
+    controller.scale_prediction(share)  # nothing to scale, and no harm
+    for wrong in (0.0, 1.5, math.nan):
+        with pytest.raises(ValueError, match="expected a share in"):
+            controller.scale_prediction(wrong)

@@ -15,8 +15,12 @@ import pytest
 import torch
 import yaml
 
+from entrocraft.train.checkpoint import CheckpointFolder
 from entrocraft.train.config_model import TinyModelConfig
+from entrocraft.train.config_reader import load_config
 from entrocraft.train.metrics import depends_on_the_clock
+from entrocraft.train.run import Run
+from entrocraft.train.spread import SpreadEngine
 from entrocraft.train.tiny_model import build_tiny_model
 
 SCRIPT = Path(__file__).resolve().parents[2] / "train" / "train.py"
@@ -276,6 +280,18 @@ def test_a_checkpoint_before_the_first_update_changes_nothing(work):
     assert updates[:2] == [0, 0]
     assert updates[-1] > 0
     assert rows(work / "run") == rows(work / "whole")
+
+
+def test_a_run_goes_on_beside_an_engine_that_rests(work, monkeypatch):
+    """Loading makes gradients and moments of the optimizer, for which an engine that is awake leaves no room."""
+    order = []
+    load = CheckpointFolder.load_newest
+    monkeypatch.setattr(SpreadEngine, "rest", lambda self: order.append("rest"))
+    monkeypatch.setattr(CheckpointFolder, "load_newest", lambda self, *rest: order.append("load") or load(self, *rest))
+    config = load_config([f"--config={work / 'run.yaml'}"])
+    monkeypatch.syspath_prepend(str(work))
+    assert Run(config).resume() is None
+    assert order == ["rest", "load"]
 
 
 def test_no_verdict_at_all_stops_the_run_with_a_checkpoint(work):
