@@ -296,6 +296,19 @@ def test_importance_weights_scale_the_policy_loss_and_not_the_entropy():
     torch.testing.assert_close(objective.entropy_weight_T, weight_T)
 
 
+def test_under_eq5_the_entropy_is_that_of_every_rollout():
+    tokens = _batch(13)[2]
+    advantage_R = torch.zeros(len(tokens.group_R))
+    advantage_R[0] = 1.0  # one rollout teaches; all have an entropy
+    objective = make_objective(methods.build("entropy_bonus"), tokens, {}, aggregation="eq5", advantage_R=advantage_R)
+    counted_R = torch.bincount(tokens.rollout_T[tokens.mask_T], minlength=len(tokens.group_R)) > 0
+    groups = tokens.group_R[counted_R].tolist()
+    share_R = [1 / (groups.count(g) * len(set(groups))) for g in tokens.group_R.tolist()]
+    assert objective.entropy_weight_T is not None
+    torch.testing.assert_close(objective.entropy_weight_T, torch.tensor(share_R)[tokens.rollout_T] * tokens.mask_T)
+    assert set(tokens.rollout_T[objective.weight_T > 0].tolist()) == {0}
+
+
 def test_a_method_of_ones_own_by_import_path():
     assert methods.build("entrocraft.methods:Plain") == methods.build("plain")
     with pytest.raises(ValueError, match=r"method 'entrocraft\.methods:Missing' cannot be imported"):

@@ -7,7 +7,7 @@ import pytest
 import torch
 import yaml
 
-from entrocraft import Rollouts
+from entrocraft import EntropyController, Rollouts
 from entrocraft.train.batches import Graded
 from entrocraft.train.config_reader import load_config
 from entrocraft.train.metrics import MetricsLog, depends_on_the_clock
@@ -97,9 +97,16 @@ def test_nothing_to_learn_from_is_a_step_without_an_update(work):
         assert row["reward"] == 0
 
 
-def test_oversampling_keeps_the_same_number_every_step_and_resumes_exactly(work):
-    oversample = ("--refill.oversample=true", *MORE)
+def test_oversampling_keeps_the_same_number_every_step_and_resumes_exactly(work, monkeypatch):
+    oversample, shares = ("--refill.oversample=true", *MORE), []
+    scale = EntropyController.scale_prediction
+    monkeypatch.setattr(EntropyController, "scale_prediction", lambda self, s: shares.append(s) or scale(self, s))
     whole = rows("whole", *oversample)
+    # The gain is learnt from the part of the prediction that was used.
+    assert shares == [32 / row["kept_before_subsampling"] for row in whole if row["kept_before_subsampling"] > 32]
+    assert shares
+    realised, predicted = whole[1]["realised_change"], whole[0]["predicted_change_kept"]
+    assert whole[1]["gain"] == pytest.approx(realised / predicted if realised * predicted > 0 else 0.9 * 10.0)
     assert [row["effective_samples"] for row in whole] == [32, 32]
     assert all(32 <= row["kept_before_subsampling"] <= row["generated"] <= 256 for row in whole)
     assert len({row["generated"] for row in whole}) > 1

@@ -8,9 +8,10 @@ import pytest
 import torch
 
 from entrocraft import TokenStats
+from entrocraft.methods import Signal
 from entrocraft.train.config import Config, EntropyConfig, LossConfig, OptimizerConfig, ScheduleConfig
 from entrocraft.train.config_reader import load_config, save_config
-from entrocraft.train.control import build_controller, build_schedule
+from entrocraft.train.control import build_controller, build_method, build_schedule
 
 VOCAB = 50
 
@@ -115,6 +116,58 @@ def test_options_of_a_wrapped_rule_come_from_the_command_line_and_are_saved(tmp_
     for one in (config, direct):
         controller, _ = build_controller(one, vocab_size=VOCAB)
         assert "group_scale(rule=soft(gamma=5.0), c_max=2.0" in decide(controller, 0, 2.0).reason
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"rule": "hard", "gamma": 3.0}, "entropy.gamma = 3.0: 'hard' does not read it, soft and soft_expected do"),
+        ({"gamma": 3.0}, "entropy.gamma = 3.0: 'none' does not read it"),
+        (
+            {"rule": "hard", "level": "token"},
+            "entropy.level = 'token': 'hard' does not read it, first_order",
+        ),
+        ({"rule": "entrocraft.rules:budget", "level": "token"}, "entropy.level = 'token': 'entrocraft.rules:budget'"),
+        ({"rule": "group_scale", "rule_options": {"rule": "budget"}, "level": "token"}, "'group_scale' does not read"),
+    ],
+)
+def test_a_setting_that_would_not_be_read_is_refused(settings, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        build_controller(configuration(**settings), vocab_size=VOCAB)
+
+
+@pytest.mark.parametrize("rule", ["soft", "soft_expected"])
+def test_gamma_is_how_steep_the_soft_rules_are(rule):
+    for gamma, expected in ((None, 10.0), (3.0, 3.0)):
+        controller, _ = build_controller(configuration(rule=rule, gamma=gamma), vocab_size=VOCAB)
+        assert f"{rule}(gamma={expected})" in decide(controller, 0, 2.0).reason
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (
+            {"policy": "gspo", "clip_high": 0.28},
+            "loss.clip_high = 0.28: it is a clip of ppo_clip, and loss.policy",
+        ),
+        (
+            {"method": "kl_cov", "clip_low": 0.1},
+            "loss.clip_low = 0.1: it is a clip of ppo_clip, and loss.method",
+        ),
+        ({"method": "kl_cov", "dual_clip": None}, "loss.dual_clip = None: it is a clip of ppo_clip"),
+        ({"method": "adaptive_clip", "policy": "gspo"}, "AdaptiveClip moves the upper clip of a PPOClip"),
+        ({"method": "adaptive_clip", "policy": "sapo"}, "AdaptiveClip moves the upper clip of a PPOClip"),
+    ],
+)
+def test_a_clip_that_would_not_be_read_is_refused(settings, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        build_method(Config(loss=LossConfig(**settings)))
+
+
+def test_the_adaptive_clip_starts_at_the_configured_one():
+    method = build_method(Config(loss=LossConfig(method="adaptive_clip", clip_high=0.28)))
+    state = method.observe({}, Signal(step=0, steps=9, entropy=0.5, target=0.5))
+    assert state["clip_high"] == 0.28
 
 
 LINE = [1.0, 0.875, 0.75, 0.625, 0.5, 0.5]

@@ -65,19 +65,22 @@ def logprobs(policy, rollouts, r):
     return logits.log_softmax(-1).gather(1, response[:, None])[:, 0]
 
 
-def plain_gradient(policy, other, rollouts, stats, decision, config):
+def plain_gradient(policy, other, rollouts, stats, decision, config, weights=None):
+    """weights: of each rollout's tokens in the policy loss and in the penalty; None: the mean over all tokens."""
+    even = [1 / rollouts.T] * rollouts.R
+    policy_R, penalty_R = weights or (even, even)
     total, start = torch.zeros((), dtype=torch.float64), 0
     for r, length in enumerate(rollouts.length_R.tolist()):
         logprob, old = logprobs(policy, rollouts, r), stats.logprob_T[start : start + length]
         start += length
         if decision.keep_R[r]:
-            total = total - (float(decision.advantage_R[r]) * (logprob - old).exp()).sum() / rollouts.T
+            total = total - (float(decision.advantage_R[r]) * (logprob - old).exp()).sum() * policy_R[r]
         if decision.keep_R[r] or config.kl_on == "all":
             with torch.no_grad():
                 reference = logprobs(other, rollouts, r)
             d = reference - logprob
             per_token = {"k1": -d, "k2": d**2 / 2, "k3": d.exp() - d - 1, "k3+": d**2 / 2}[config.kl]
-            total = total + config.kl_coefficient * per_token.sum() / rollouts.T
+            total = total + config.kl_coefficient * per_token.sum() * penalty_R[r]
     total.backward()
     gradients = [p.grad.clone() for p in policy.model.parameters()]
     policy.model.zero_grad()
@@ -101,6 +104,29 @@ def test_gradient_equals_a_plain_loop(batch, kl, kl_on):
     # Rollout 4 is kept and has no advantage: it has nothing to teach but its KL.
     assert share.active == ([0, 1, 2, 3, 4, 5] if kl_on == "all" else [1, 3, 4, 5])
     accumulate(policy, share, 64)
+    for parameter, gradient in zip(policy.model.parameters(), expected, strict=True):
+        assert float((parameter.grad - gradient).abs().max() / gradient.abs().max()) < 1e-5
+
+
+def test_under_eq5_every_rollout_has_its_penalty(batch):
+    """Those without an advantage too, which the mean of the policy loss leaves out."""
+    policy, rollouts, stats, decision = batch
+    config = make_config(kl_coefficient=0.7, kl="k2", kl_on="all")
+    reference = Reference.load(config, policy, Ranks(), CPU)
+    assert reference is not None
+    reference.policy.model.double()
+    groups = rollouts.group_R.tolist()
+    taught = [g for g, kept, A in zip(groups, decision.keep_R, decision.advantage_R, strict=True) if kept and A != 0]
+    weights = (
+        [1 / (taught.count(g) * len(set(taught))) if g in taught else 0.0 for g in groups],
+        [1 / (groups.count(g) * len(set(groups))) for g in groups],
+    )
+    expected = plain_gradient(policy, reference.policy, rollouts, stats, decision, config.reference, weights)
+    penalty = reference.penalty(rollouts, stats, decision, 64)
+    learning = Learning(
+        method=build_method(config), state={}, aggregation="eq5", config=config, step=1, penalty=penalty
+    )
+    accumulate(policy, make_share(learning, rollouts, stats, decision, ALL), 64)
     for parameter, gradient in zip(policy.model.parameters(), expected, strict=True):
         assert float((parameter.grad - gradient).abs().max() / gradient.abs().max()) < 1e-5
     assert divergence(penalty, stats, rollouts.mask_T) > 0.01
