@@ -70,6 +70,7 @@ RUN_PANELS = (
             ("kept_token_fraction", "tokens"),
             ("kept_fraction_positive", "advantage > 0"),
             ("kept_fraction_negative", "advantage < 0"),
+            ("active_fraction_negative", "of all, teach by advantage < 0"),
         ),
     ),
     Panel(title="Chance of being kept", unit="mean", lines=(("acceptance_mean", "all rollouts"),)),
