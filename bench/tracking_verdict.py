@@ -12,6 +12,10 @@ from tracking_cases import OWN, REGIMES, TARGETED
 # Mean |entropy - target| of a curve, nats, up to which a method is said to do it, in both regimes.
 THRESHOLDS = {"level": 0.04, "line": 0.02, "half_cosine": 0.02, "wave": 0.04}
 FALLING = ("line", "half_cosine")
+COLUMNS = [
+    *("method", "reaches a target", "follows a curve", "any advantage", "error: level", "error: line", "error: cosine"),
+    *("error: wave", "error: step", "settles down", "settles up", "accuracy", "distinct right of 8"),
+]
 
 Means = dict[str, dict[str, Any]]
 
@@ -36,9 +40,9 @@ def follows(table: Means, method: str) -> str:
     falls, turns = does(table, method, FALLING), does(table, method, ("wave",))
     if falls is False:
         return "no"
-    if falls is None or turns is None:
+    if falls is None:
         return "not run"
-    return "yes" if turns else "falling ones"
+    return {True: "yes", False: "falling ones", None: "falling ones; wave not run"}[turns]
 
 
 def any_advantage(method: str) -> str:
@@ -51,16 +55,12 @@ def any_advantage(method: str) -> str:
 def method_table(table: Means) -> str | None:
     """Markdown, a row a method that seeks a target, the tightest on the falling line first, and `none` below.
 
-    None where `none` or all others lack a regime of that line.
+    None where `none` or all others lack a regime of that line. A column that nobody fills is left out.
     """
     whole = [name for name in ("none", *TARGETED) if all(f"{name}-line-{regime}" in table for regime in REGIMES)]
     if "none" not in whole or len(whole) == 1:
         return None
-    lines = [
-        "| method | reaches a target | follows a curve | any advantage | error: level | line | cosine | wave | "
-        "step | settles down | up | accuracy | distinct right of 8 |",
-        "|---|---|---|---|---|---|---|---|---|---|---|---|---|",
-    ]
+    rows = [COLUMNS]
     ranked = sorted(whole[1:], key=lambda name: sum(table[f"{name}-line-{regime}"]["error"] for regime in REGIMES))
     for name in [*ranked, "none"]:
         words = [f"`{name}`" + (" *" if name in OWN else "")]
@@ -71,7 +71,10 @@ def method_table(table: Means) -> str | None:
         words += [_pair(table, name, "step_down_up", "error", 3)]
         words += [_pair(table, name, "step_down_up", way, 0) for way in ("down", "up")]
         words += [_pair(table, name, "line", "accuracy", 2), _pair(table, name, "line", "distinct", 1)]
-        lines.append("| " + " | ".join(words) + " |")
+        rows.append(words)
+    filled = [column for column in zip(*rows, strict=True) if any(column[1:])]
+    head, *rest = ["| " + " | ".join(words) + " |" for words in zip(*filled, strict=True)]
+    lines = [head, "|---" * len(filled) + "|", *rest]
     seeds = sorted({row["seeds"] for row in table.values() if row["task"] == "sums"})
     counted = (
         f"{seeds[0]} seed"
