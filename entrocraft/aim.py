@@ -19,9 +19,8 @@ class Aim(NamedTuple):
     need: float
 
     @staticmethod
-    def of(edges: Band, step: int, entropy: float, *, last_step: int | None = None) -> "Aim":
-        """Of a batch of that entropy at `step`; a schedule ends at `last_step`, if given. Errors as `Band.target`."""
-        after = step + 1 if last_step is None else max(step, min(step + 1, last_step))
+    def of(edges: Band, step: int, entropy: float) -> "Aim":
+        """Of a batch of that entropy at `step`; errors as `Band.target`."""
         low, high = edges(step)
         return Aim(
             entropy=entropy,
@@ -29,7 +28,7 @@ class Aim(NamedTuple):
             low=low,
             high=high,
             direction=int(entropy > high) - int(entropy < low),
-            need=edges.target(after) - entropy,
+            need=edges.target(step + 1) - entropy,
         )
 
     @property

@@ -46,8 +46,8 @@ class EntropyController:
         release: when control lets go for longer, see `Release`; None for never.
         ema, initial_gain: see `Gain`.
         vocab_size: if given, a band above log(vocab_size) is an error.
-        last_step: >= 0, if given: the whole schedule up to it is checked, now or, where it begins at the first
-            measured entropy, in the first decision.
+        last_step: >= 0, if given: the whole schedule is checked up to the step after it, which its update aims at, now
+            or, where it begins at the first measured entropy, in the first decision.
 
     Raises:
         ValueError: any of these out of range, an unknown rule, lo > hi.
@@ -88,7 +88,7 @@ class EntropyController:
         self._vocab_size, self._last_step = vocab_size, last_step
         if last_step is not None:
             with contextlib.suppress(NotMeasured):  # the rest is checked once there is an entropy
-                self._band.check(last_step, vocab_size)
+                self._band.check(last_step + 1, vocab_size)
         self._state = ControllerState(gain=initial_gain)
 
     def decide(
@@ -115,8 +115,7 @@ class EntropyController:
         the loss does not depend on what is kept: not so under `losses.KEPT_DENOMINATORS`.
 
         Args:
-            step: an integer >= 0; what the schedule is asked at. The aim of an update is the schedule at step + 1, or
-                at `last_step` once that is reached.
+            step: an integer >= 0; what the schedule is asked at. The aim of an update is the schedule at step + 1.
             stats: of the T packed tokens under the policy before the update; with p2_T for the rules that predict.
             rollout_T: int64 `[T]`, non-decreasing. group_R: int64 `[R]`, >= 0. advantage_R: `[R]`, finite.
             reward_R: `[R]`, raw rewards, NaN for no verdict; rule `switch` needs them, and `Release` to see them fall.
@@ -194,7 +193,7 @@ class EntropyController:
         if state.anchor is None:
             edges = self._band.anchored(entropy)
             if self._last_step is not None:
-                edges.check(self._last_step, self._vocab_size)
+                edges.check(self._last_step + 1, self._vocab_size)
             state = replace(state, anchor=entropy, excess=edges.target(step) - entropy)
         if not _follows(step, state) or state.predicted is None or state.entropy is None:
             return state
@@ -206,7 +205,7 @@ class EntropyController:
     def _aim(self, step: int, entropy: float, state: ControllerState) -> Aim:
         assert state.anchor is not None, "the first entropy anchors the schedule"
         assert state.excess is not None, "set together with the anchor"
-        aim = Aim.of(self._band.anchored(state.anchor), step, entropy, last_step=self._last_step)
+        aim = Aim.of(self._band.anchored(state.anchor), step, entropy)
         check_reachable(aim.high, step, self._vocab_size)
         steers = not isinstance(self._rule, rules.none)
         if state.decided == 0 and steers and far(state.excess, state.anchor):

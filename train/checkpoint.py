@@ -190,7 +190,7 @@ class CheckpointFolder:
             aside.mkdir(parents=True, exist_ok=True)
             self._write_tensors(aside, tensors, ranks)
             ranks.barrier()
-            names = ranks.from_main(sorted(file.name for file in aside.iterdir()) if ranks.main else None)
+            names = ranks.from_main(sorted(file.name for file in aside.iterdir()))  # others may see fewer yet
             content = digests(aside, names, ranks)
             if not all(content.values()):
                 raise OSError(f"{sorted(n for n in content if not content[n])} cannot be read back")

@@ -127,7 +127,7 @@ class ScheduleConfig:
 
     kind: str = "linear"
     """`constant`, `linear`, `cosine`, `exponential`, `piecewise`, `oscillate`, or `package.module:function`, called
-    with the number of steps, which returns a function from step to nats."""
+    with the number of steps, which returns a function from step, 0 to one past the last, to nats."""
     start: float | Literal["measured"] = "measured"
     """Entropy at step 0; `measured` takes what the model has when training starts."""
     end: float = 0.5

@@ -208,7 +208,7 @@ class Run:
             step=self.step - 1,
             steps=self.config.optimizer.steps,
             entropy=entropy,
-            target=self.controller.target(min(self.step + 1, self.config.optimizer.steps), entropy=entropy),
+            target=self.controller.target(self.step + 1, entropy=entropy),
         )
         self.method_state = self.method.observe(self.method_state, signal)
         return Learning(

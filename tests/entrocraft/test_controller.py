@@ -275,17 +275,20 @@ def test_the_end_of_a_measured_schedule_is_checked_once_it_is_known(scored_batch
     with pytest.raises(ValueError, match=rf"at step {first_beyond}, above log\(vocab_size = 11\)"):
         scored.decide(whole, 0)
     assert whole.state_dict() == before
-    short = EntropyController(schedule, rules.none(), vocab_size=11, last_step=first_beyond - 1)
+    short = EntropyController(schedule, rules.none(), vocab_size=11, last_step=first_beyond - 2)
     assert scored.decide(short, 0).metrics["target"] == pytest.approx(entropy)
 
 
-@pytest.mark.parametrize("rule", [rules.none(), rules.budget()])
-def test_a_schedule_need_not_go_on_after_the_last_step(rule: Rule, scored_batch: Callable[..., Any]) -> None:
-    scored = scored_batch(0)
-    table = [1.5, 1.2, 0.9]  # steps 0 to 2
-    controller = EntropyController(table.__getitem__, rule, last_step=2)
-    needs = [scored.decide(controller, step).metrics["need"] for step in range(3)]
-    assert needs == pytest.approx([target - _entropy(scored) for target in (1.2, 0.9, 0.9)])
+def test_a_schedule_that_ends_before_what_the_last_update_aims_at_is_seen_at_once(
+    scored_batch: Callable[..., Any],
+) -> None:
+    def falling(step: float) -> float:
+        return 1.0 - 0.5 * step
+
+    with pytest.raises(ValueError, match=r"gives -0\.5 nats at step 3"):
+        EntropyController(falling, rules.none(), width=0.0, last_step=2)
+    decision = scored_batch(0).decide(EntropyController(falling, rules.none(), width=0.0, last_step=1), 1)
+    assert decision.metrics["need"] == pytest.approx(0.0 - decision.metrics["entropy"])
 
 
 def test_a_schedule_far_above_the_model_warns_once(scored_batch: Callable[..., Any]) -> None:
