@@ -6,7 +6,7 @@ the advantages, the tokens that count, the policy loss, further terms, and what 
 averages the tokens (`losses.token_weights`) and whichever rollouts a rule rejects stay the same for all of them.
 
     method = methods.build("entropic", target=0.5)
-    state = method.observe({}, Signal(step=s, steps=S, entropy=H, target=schedule(s)))
+    state = method.observe({}, Signal(step=s, steps=S, entropy=H, target=schedule(s + 1)))
     objective = make_objective(method, tokens, state, aggregation="token_mean", keep_T=decision.keep_T)
     loss, stats = linear_policy_loss(hidden_TH, weight_VH, target_T, loss=objective)
 """
