@@ -29,6 +29,7 @@ class AdaptiveClip:
     loss_fn: PPOClip = PPO_CLIP
     needs_current = False
     needs_collision = False
+    clamped_share = 0.0
 
     def __post_init__(self) -> None:
         check_target(self.target)

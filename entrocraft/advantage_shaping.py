@@ -59,6 +59,7 @@ class REPOR:
     loss_fn: LossFn = PPO_CLIP
     needs_current = True
     needs_collision = False
+    clamped_share = 0.0
 
     def __post_init__(self) -> None:
         check_target(self.target)
@@ -110,6 +111,7 @@ class Polarity:
     loss_fn: LossFn = PPO_CLIP
     needs_current = True
     needs_collision = True
+    clamped_share = 0.0
 
     def __post_init__(self) -> None:
         check_target(self.target)

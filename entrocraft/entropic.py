@@ -34,6 +34,7 @@ class Entropic:
     loss_fn: LossFn = PPO_CLIP
     needs_current = True
     needs_collision = False
+    clamped_share = 0.0
 
     def __post_init__(self) -> None:
         check_target(self.target)
@@ -77,6 +78,7 @@ class EntropicParity:
     loss_fn: LossFn = PPO_CLIP
     needs_current = False
     needs_collision = False
+    clamped_share = 0.0
 
     def __post_init__(self) -> None:
         check_target(self.target)

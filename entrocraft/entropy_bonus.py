@@ -53,6 +53,7 @@ class AdaptiveBonus:
     loss_fn: LossFn = PPO_CLIP
     needs_current = False
     needs_collision = False
+    clamped_share = 0.0
 
     def __post_init__(self) -> None:
         check_target(self.target)
@@ -87,9 +88,9 @@ class AEnt:
         c <- clip(c - rate (min(0, H - low) + max(0, H - high)), minimum, maximum)      once a step
 
     The clamped entropy is that of the row's distribution without the least likely `share` of the vocabulary,
-    renormalised, so that nothing is paid for mass on tokens that are never right. H is the clamped entropy where the
-    trainer measured it (`Signal.clamped_entropy`), else that of the whole vocabulary. Entropy: held between the bounds
-    as far as the box of c reaches; c >= 0, so it is never pushed down.
+    renormalised, so that nothing is paid for mass on tokens that are never right. H is the batch's mean of it
+    (`Signal.clamped_entropy`; without one, that of the whole vocabulary). Entropy: held between the bounds as far as
+    the box of c reaches; c >= 0, so it is never pushed down.
 
     low, high: nats; None: both are the schedule's target. share: of the vocabulary, in (0, 1).
 
@@ -120,6 +121,11 @@ class AEnt:
             )
         if not 0.0 < self.rate < math.inf:
             raise ValueError(f"rate = {self.rate!r}: expected a finite number > 0, such as 1e-3")
+
+    @property
+    def clamped_share(self) -> float:
+        """What is left out of the entropy that `observe` is to see."""
+        return self.share
 
     def observe(self, state: State, signal: Signal, /) -> State:
         """The coefficient after this step's entropy."""

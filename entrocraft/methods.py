@@ -57,7 +57,7 @@ class Signal:
 
     step, steps: the present optimizer round and their number, from 0. entropy: of the batch under the policy that is
     about to change, nats a token. target: what the schedule asks for after this step's updates, nats; None without one.
-    clamped_entropy: that of AEnt, where it was measured.
+    clamped_entropy: the same without each row's least likely tokens, of a method that asks for it (`clamped_share`).
     """
 
     step: int
@@ -121,7 +121,8 @@ class Method(Protocol):
     """Anything that turns the tokens of an update into `Terms`.
 
     `needs_current`: whether `terms` looks at `Tokens.stats`, so that a trainer must score the tokens again where the
-    policy has moved since the step began. `needs_collision`: whether it reads p2_T and p2logp_T.
+    policy has moved since the step began. `needs_collision`: whether it reads p2_T and p2logp_T. `clamped_share`: the
+    share of the vocabulary without which the entropy of `Signal.clamped_entropy` is to be measured; 0: it is not read.
     """
 
     @property
@@ -129,6 +130,9 @@ class Method(Protocol):
 
     @property
     def needs_collision(self) -> bool: ...
+
+    @property
+    def clamped_share(self) -> float: ...
 
     def observe(self, state: State, signal: Signal, /) -> State: ...
 
@@ -140,6 +144,7 @@ class Stateless:
 
     needs_current: bool = False
     needs_collision: bool = False
+    clamped_share: float = 0.0
 
     def observe(self, state: State, signal: Signal, /) -> State:
         """No state: returns what it was given."""

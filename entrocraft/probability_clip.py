@@ -111,6 +111,7 @@ class FlexibleClip:
     clip: ProbabilityClip = PROBABILITY_CLIP
     needs_current = False
     needs_collision = False
+    clamped_share = 0.0
 
     def __post_init__(self) -> None:
         if self.schedule not in SCHEDULES:

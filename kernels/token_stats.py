@@ -35,6 +35,8 @@ class TokenStats:
     """int64: the most probable token, the lowest id of several; only with argmax=True."""
     top1_T: Tensor | None = None
     """bool: the target is the most probable token; only with argmax=True."""
+    clamped_entropy_T: Tensor | None = None
+    """H of each row without its least likely tokens; differentiable; of `clamped_entropy`, never of the fused op."""
 
     def __post_init__(self) -> None:
         first = self.logprob_T

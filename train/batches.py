@@ -168,7 +168,9 @@ def judge(run: Run, pool: Grader, sampled: Graded, clock: Clock) -> Judged:
 
 def _scored(run: Run, graded: Graded, clock: Clock) -> TokenStats:
     check_verdicts(graded.rewards)
-    stats = run.policy.score(graded.rollouts, run.config.batch.tokens_per_microbatch)
+    stats = run.policy.score(
+        graded.rollouts, run.config.batch.tokens_per_microbatch, clamped_share=run.method.clamped_share
+    )
     check_finite(stats)
     scored = Work.of(graded.rollouts, range(graded.rollouts.R))
     clock.lap("score", tokens=scored.tokens, forward=scored)

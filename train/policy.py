@@ -171,15 +171,14 @@ class Policy:
         with whole_logits(self.head):
             return self.model(input_ids=input_BL, use_cache=False).logits.flatten(0, -2).float()
 
-    def token_stats(self, batch: MicroBatch, token_T: Tensor, *, collision: bool = False) -> TokenStats:
-        """Statistics of the N response tokens of a micro-batch, differentiable. `token_T` are the rollouts' tokens."""
-        return TokenStats(**self._run(batch, token_T, collision=collision))
+    def token_stats(
+        self, batch: MicroBatch, token_T: Tensor, *, collision: bool = False, clamped_share: float = 0.0
+    ) -> TokenStats:
+        """Statistics of the N response tokens of a micro-batch, differentiable. `token_T` are the rollouts' tokens.
 
-    def stats_and_clamped_entropy(self, batch: MicroBatch, token_T: Tensor, share: float) -> tuple[TokenStats, Tensor]:
-        """As `token_stats`, and the entropy of each row without the least likely `share` of the vocabulary (AEnt)."""
-        fields = self._run(batch, token_T, clamped_share=share)
-        clamped_N = fields.pop("clamped")
-        return TokenStats(**fields), clamped_N
+        clamped_share: above 0, with the entropy of each row without the least likely such share of the vocabulary.
+        """
+        return TokenStats(**self._run(batch, token_T, collision=collision, clamped_share=clamped_share))
 
     @torch.no_grad()
     def stats_and_reference(self, batch: MicroBatch, token_T: Tensor) -> tuple[TokenStats, TokenStats]:
@@ -231,7 +230,7 @@ class Policy:
         stats = self.head.stats(hidden_NH, target_N, temperature=at, collision=collision)
         fields = stats.as_dict()
         if clamped_share:
-            fields["clamped"] = self.head.clamped_entropy(hidden_NH, share=clamped_share, temperature=self.temperature)
+            fields["clamped_entropy_T"] = self.head.clamped_entropy(hidden_NH, share=clamped_share, temperature=at)
         if reference:
             from_logits = self.head.reference_stats(
                 hidden_NH, target_N, temperature=self.temperature, collision=collision
@@ -240,16 +239,19 @@ class Policy:
         return fields
 
     @torch.no_grad()
-    def score(self, rollouts: Rollouts, tokens_per_microbatch: int) -> TokenStats:
+    def score(self, rollouts: Rollouts, tokens_per_microbatch: int, *, clamped_share: float = 0.0) -> TokenStats:
         """Statistics, collision sums included, of all T response tokens in the rollouts' own order, on the CPU.
 
-        Ranks share the rollouts out by length, and all get the statistics of all.
+        Ranks share the rollouts out by length, and all get the statistics of all. clamped_share: as `token_stats`.
         """
         self.model.eval()
         mine = balanced(sequence_lengths(rollouts, range(rollouts.R)), self.ranks.size)[self.ranks.rank]
         batches = pack(rollouts, mine, tokens_per_microbatch)
         most = self.ranks.largest(len(batches))  # asked before any runs: a rank that runs waits for the others
-        parts = [self.token_stats(batch, rollouts.token_T, collision=True).to("cpu") for batch in batches]
+        parts = [
+            self.token_stats(batch, rollouts.token_T, collision=True, clamped_share=clamped_share).to("cpu")
+            for batch in batches
+        ]
         for _ in range(len(batches), most):
             self.idle()
         release_weights(self.model)

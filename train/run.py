@@ -177,8 +177,9 @@ class Run:
         """
         counted_R = torch.bincount(rollouts.rollout_T[rollouts.mask_T], minlength=rollouts.R)
         advantage_R = self.advantage(reward_R, rollouts.group_R, counted_R)
-        entropy = float(stats.entropy_T[rollouts.mask_T].double().mean())
-        learning = self._learning(entropy, members(self.advantage, reward_R, rollouts.group_R))
+        entropy = _mean_of(stats.entropy_T, rollouts.mask_T)
+        clamped = None if stats.clamped_entropy_T is None else _mean_of(stats.clamped_entropy_T, rollouts.mask_T)
+        learning = self._learning(entropy, clamped, members(self.advantage, reward_R, rollouts.group_R))
         objective = learning.objective(rollouts, stats, stats.logprob_T, advantage_R, None, learning.member_R)
         decision = self.controller.decide(
             step=self.step,
@@ -202,13 +203,14 @@ class Run:
         metrics = {**decision.metrics, "reference_kl": divergence(penalty, stats, rollouts.mask_T)}
         return replace(decision, metrics=metrics), replace(learning, penalty=penalty)
 
-    def _learning(self, entropy: float, member_R: torch.Tensor | None) -> Learning:
+    def _learning(self, entropy: float, clamped_entropy: float | None, member_R: torch.Tensor | None) -> Learning:
         """How this step learns, after the method has seen the entropy, nats."""
         signal = Signal(
             step=self.step - 1,
             steps=self.config.optimizer.steps,
             entropy=entropy,
             target=self.controller.target(self.step + 1, entropy=entropy),
+            clamped_entropy=clamped_entropy,
         )
         self.method_state = self.method.observe(self.method_state, signal)
         return Learning(
@@ -317,3 +319,7 @@ def check_finite(stats: TokenStats) -> None:
         bad = int((~torch.isfinite(value_T)).sum())
         if bad:
             raise NonFiniteError(f"the scored {name} of {bad} of {len(value_T)} tokens is not a number")
+
+
+def _mean_of(nats_T: torch.Tensor, mask_T: torch.Tensor) -> float:
+    return float(nats_T[mask_T].double().mean())

@@ -172,11 +172,8 @@ def _learn(policy: Policy, share: Share, batch: MicroBatch, sums: dict[str, floa
     """The gradient of one micro-batch; adds to `sums` and says what is wrong with its loss, if anything."""
     _, lengths = torch.unique_consecutive(share.rollouts.rollout_T[batch.token_N], return_counts=True)
     objective = share.objective.take(batch.token_N, lengths.tolist()).to(policy.device)
-    if objective.clamped_share:
-        stats, entropy_N = policy.stats_and_clamped_entropy(batch, share.rollouts.token_T, objective.clamped_share)
-    else:
-        stats = policy.token_stats(batch, share.rollouts.token_T)
-        entropy_N = stats.entropy_T
+    stats = policy.token_stats(batch, share.rollouts.token_T, clamped_share=objective.clamped_share)
+    entropy_N = stats.entropy_T if stats.clamped_entropy_T is None else stats.clamped_entropy_T
     logprob_N = stats.logprob_T
     total = objective(logprob_N, entropy_N, slice(0, len(logprob_N)))
     total.backward()  # also where it is no number: other ranks wait for it

@@ -2,12 +2,14 @@
 
 import dataclasses
 import json
+import math
 
 import pytest
 import torch
 import yaml
 
 from entrocraft import EntropyController, Rollouts
+from entrocraft.entropy_bonus import AEnt
 from entrocraft.train.batches import Graded
 from entrocraft.train.config_reader import load_config
 from entrocraft.train.metrics import MetricsLog, depends_on_the_clock
@@ -126,6 +128,20 @@ def test_an_evaluation_is_due_by_the_prompts_that_were_sampled(work):
         due.append((run.prompts_drawn, run.evaluation_due()))
     assert due == [(12, True), (16, False), (36, True)]
     run.end()
+
+
+def test_aent_steers_by_the_entropy_without_the_least_likely_tokens(work):
+    options = ("--loss.method=aent", "--loss.method_options={low: 6.0, high: 6.5, rate: 0.01, maximum: 1.0}")
+    seen, observe = [], AEnt.observe
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(AEnt, "observe", lambda self, state, signal: seen.append(signal) or observe(self, state, signal))
+        first, second = rows("clamped", *options)
+    for row, signal in zip((first, second), seen, strict=True):
+        # The tiny model of 16 dimensions is nearly uniform over its V tokens: H ~ log V, clamped H ~ log 0.8 V.
+        assert row["entropy"] == pytest.approx(signal.entropy)
+        assert signal.entropy - signal.clamped_entropy == pytest.approx(-math.log(0.8), abs=0.05)
+    moved = second["method_coefficient"] - first["method_coefficient"]
+    assert moved == pytest.approx(0.01 * (6.0 - seen[1].clamped_entropy))
 
 
 def test_where_the_budget_ends_early_the_loss_is_scaled_down(work):

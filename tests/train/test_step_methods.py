@@ -174,12 +174,16 @@ def test_the_clamped_entropy_of_the_policy_is_that_of_its_head(batch):
     from entrocraft.train.packing import pack
 
     (packed,) = pack(rollouts, range(12), 512)
-    stats, clamped_N = policy.stats_and_clamped_entropy(packed, rollouts.token_T, 0.3)
+    stats = policy.token_stats(packed, rollouts.token_T, clamped_share=0.3)
+    clamped_N = stats.clamped_entropy_T
     weight_VH = policy.model.get_output_embeddings().weight
     hidden = policy.head.hidden(input_ids=packed.input_BL, position_ids=packed.position_BL)
     hidden_NH = hidden.flatten(0, -2)[packed.source_N]
     torch.testing.assert_close(clamped_N, clamped_entropy(hidden_NH, weight_VH, share=0.3, temperature=0.9))
     assert bool((clamped_N < stats.entropy_T).all())
+    scored = policy.score(rollouts, 64, clamped_share=0.3)  # packed otherwise, in the rollouts' own order
+    torch.testing.assert_close(scored.clamped_entropy_T[packed.token_N], clamped_N.detach())
+    assert policy.score(rollouts, 64).clamped_entropy_T is None
 
 
 def test_a_policy_loss_that_would_not_be_used_is_refused():
