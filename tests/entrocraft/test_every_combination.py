@@ -1,9 +1,10 @@
-"""Every rule with every advantage and every policy loss: what is kept, what is predicted, what is learnt.
+"""Every rule with every advantage and every loss: what is kept, what is predicted, what is learnt.
 
 One ragged batch in fp64, away from the policy that drew it, with an empty rollout, one of which nothing counts, one
 without a verdict, a prompt of one rollout and prompts whose rollouts all agree. The policy losses and the rules are
 written out a second time below, in NumPy; slopes are central differences in the logits. What a loss takes for a
-constant (GSPO's mean, CISPO's weight) stands still in the differences.
+constant (GSPO's mean, CISPO's weight) stands still in the differences. Methods that add to PPO's loss, or change what
+goes into it, are written out in `test_methods.py`; here their gradient is the slope of their own value.
 """
 
 import math
@@ -16,9 +17,18 @@ import pytest
 import torch
 from torch import Tensor
 
-from entrocraft import EntropyController, PolicyObjective, TokenStats, advantages, corrections, rules, schedules
+from entrocraft import (
+    EntropyController,
+    PolicyObjective,
+    TokenStats,
+    advantages,
+    corrections,
+    methods,
+    rules,
+    schedules,
+)
 from entrocraft.decision import Decision
-from entrocraft.methods import Plain, Tokens, make_objective
+from entrocraft.methods import METHODS, Plain, State, Tokens, make_objective
 from entrocraft.prediction import predicted_entropy_change
 from entrocraft.surrogates import LOSSES, build_loss
 
@@ -56,6 +66,28 @@ RULES: dict[str, rules.Rule] = {
     "tempered soft": corrections.tempered(rule=rules.soft(gamma=1.5), kappa=0.5, w_max=3.0),
     "tempered soft_expected": corrections.tempered(rule=rules.soft_expected(gamma=1.5), kappa=0.5, w_max=3.0),
 }
+
+# In a state in which each acts, with constants by which it finds tokens to act on in so small a batch.
+METHOD_STATES: dict[str, State] = {
+    "adaptive_bonus": {"used": 0.2},
+    "aent": {"coefficient": 0.2},
+    "entropic": {"alpha": 0.5},
+    "entropic_parity": {"alpha": 0.5},
+    "repo_r": {"zeta": 0.03},
+    "polarity": {"phase": 0.7},
+    "adaptive_clip": {"clip_high": 5e-5},
+    "flexible_clip": {"upper_share": 0.0, "lower_share": 1.0},
+}
+METHOD_OPTIONS: dict[str, dict[str, float]] = {
+    "entropy_bonus": {"coefficient": 0.3},
+    "entropic": {"threshold": 0.2},
+    "clip_cov": {"fraction": 0.1, "lower": 0.05},
+    "kl_cov": {"fraction": 0.2},
+    "clip_b": {"mu": 0.3},
+    "clip_v": {"mu": 1.0, "most": 0.1},
+}
+PAID_FOR_ENTROPY = ("entropy_bonus", "adaptive_bonus", "aent")
+METHOD_NAMES = [name for name in METHODS if name != "plain"]
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -111,7 +143,10 @@ def _objective(
         stats=STATS, old_logprob_T=OLD_T, advantage_T=advantage_R[ROLLOUT_T], mask_T=mask_T, rollout_T=ROLLOUT_T,
         group_R=GROUP_R, keep_T=keep_T,
     )  # fmt: skip
-    return make_objective(Plain(loss_fn=build_loss(loss)), tokens, {}, aggregation=aggregation)
+    if loss in LOSSES:
+        return make_objective(Plain(loss_fn=build_loss(loss)), tokens, {}, aggregation=aggregation)
+    method = methods.build(loss, **METHOD_OPTIONS.get(loss, {}))
+    return make_objective(method, tokens, METHOD_STATES.get(loss, {}), aggregation=aggregation)
 
 
 def _everything(loss: str, estimate: Estimate) -> Callable[[Tensor], Tensor]:
@@ -316,6 +351,8 @@ def _case(loss: str, advantage: str, direction: int) -> Case:
 def test_nothing_is_left_out() -> None:
     assert {name.split()[0] for name in RULES} == set(rules.RULES)
     assert set(WRITTEN_OUT) == set(LOSSES)
+    assert not set(LOSSES) & set(METHODS)
+    assert {*METHOD_STATES, *METHOD_OPTIONS, *PAID_FOR_ENTROPY} <= set(METHOD_NAMES)
     assert not MASK_T[torch.isin(ROLLOUT_T, torch.tensor([8, 13]))].any()
 
 
@@ -335,7 +372,58 @@ def test_the_prediction_is_that_of_the_loss(loss: str) -> None:
         assert not change_T[~estimate.mask_T.numpy()].any(), advantage
 
 
-@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("method", METHOD_NAMES)
+def test_the_prediction_is_that_of_the_method(method: str) -> None:
+    # One logit of a row, times its slope of entropy, is one log-probability: a token's is moved by what its V logits
+    # together would, all tokens at once with a number c of their own, and the loss must move by sum of c D.
+    moves_T = (_slope(NUDGED_LOGP) * ENTROPY_SLOPE_TV).sum(-1)
+    base, nothing = torch.from_numpy(BASE), 0
+    for advantage in advantages.ADVANTAGES:
+        loss_fn = _everything(method, _estimate(advantage))
+        change_T = predicted_entropy_change(STATS, loss_fn, temperature=TEMPERATURE).numpy()
+        size, plain = np.abs(change_T).sum(), _case("ppo_clip", advantage, 1).change_T
+        assert np.isfinite(change_T).all()
+        assert size > 1e-3, advantage
+        assert not change_T[~_estimate(advantage).mask_T.numpy()].any(), advantage
+        nothing += np.array_equal(change_T, plain)
+        for seed in range(3):
+            c_T = np.random.default_rng(seed).standard_normal(T)
+            step_T = torch.from_numpy(H * c_T * moves_T)
+            slope = float(loss_fn(base + step_T) - loss_fn(base - step_T)) / (2 * H)
+            assert -slope == pytest.approx(float((c_T * change_T).sum()), rel=1e-5, abs=1e-7 * size), advantage
+    # Those that pay for entropy, and they alone, leave what log-probabilities are worth as it is in PPO's loss.
+    assert (nothing == len(advantages.ADVANTAGES)) == (method in PAID_FOR_ENTROPY)
+
+
+@pytest.mark.parametrize("method", METHOD_NAMES)
+def test_every_gradient_is_the_slope_of_its_method(method: str) -> None:
+    line_TV = torch.randn(T, V, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    logits_TV = LOGITS_TV.clone().requires_grad_()
+    here, before, after = (
+        _stats(moved_TV) for moved_TV in (logits_TV, LOGITS_TV - H * line_TV, LOGITS_TV + H * line_TV)
+    )
+    rejected = 0
+    for advantage, rule, direction, decision in _combinations(method):
+        mask_T, what = _estimate(advantage).mask_T, (advantage, rule, direction)
+        objective = _objective(method, decision.advantage_R, mask_T, decision.keep_T)
+        value, low, high = (objective(stats.logprob_T, stats.entropy_T, slice(0, T)) for stats in (here, before, after))
+        of_policy_T, of_entropy_T = torch.autograd.grad(
+            value, (here.logprob_T, here.entropy_T), retain_graph=True, allow_unused=True
+        )
+        assert not of_policy_T[~(decision.keep_T & mask_T)].any(), what
+        # A rejected token teaches nothing, but the mean entropy that is paid for has it in it.
+        if method in PAID_FOR_ENTROPY:
+            assert bool((of_entropy_T[mask_T] != 0).all()), what
+        else:
+            assert of_entropy_T is None or not of_entropy_T.any(), what
+        rejected += int((~decision.keep_T & mask_T).sum())
+        (gradient_TV,) = torch.autograd.grad(value, logits_TV, retain_graph=True)
+        expected = float((gradient_TV * line_TV).sum())
+        assert float(high - low) / (2 * H) == pytest.approx(expected, rel=1e-5, abs=1e-8), what
+    assert rejected > 10 * T
+
+
+@pytest.mark.parametrize("loss", [*LOSSES, *METHOD_NAMES])
 def test_every_decision_is_the_definition_of_its_rule(loss: str) -> None:
     partial = dict.fromkeys(RULES, 0)
     for advantage, direction in _asked():
