@@ -17,7 +17,7 @@ Source: Schulman, Approximating KL divergence (2020); straight-through as in ver
 import torch
 from torch import Tensor
 
-from entrocraft.registry import lookup
+from entrocraft.registry import resolve
 
 _LIMIT = 20.0
 _K3_LIMIT = 10.0
@@ -59,12 +59,12 @@ def kl(logprob_T: Tensor, ref_logprob_T: Tensor, *, kind: str) -> Tensor:
 
     Args:
         logprob_T: of the sampled tokens under the policy. ref_logprob_T: under the reference.
-        kind: "k1", "k2", "k3", "k1+" or "k3+".
+        kind: "k1", "k2", "k3", "k1+" or "k3+", or the import path `package.module:name` of a function of these two.
 
     Raises:
         ValueError: unknown kind, shapes that differ.
     """
-    return lookup(ESTIMATORS, kind, "KL estimator")(logprob_T, ref_logprob_T)
+    return resolve(ESTIMATORS, kind, "KL estimator")(logprob_T, ref_logprob_T)
 
 
 def _difference(logprob_T: Tensor, ref_logprob_T: Tensor) -> Tensor:

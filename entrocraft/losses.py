@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from entrocraft.registry import lookup
+from entrocraft.registry import resolve
 from entrocraft.rollouts import check_packing
 
 # exp(20) is finite in fp32 with room for a product; ratios that far off carry no information anyway.
@@ -111,39 +111,47 @@ def checked_log_ratio(logprob_T: Tensor, old_logprob_T: Tensor, advantage_T: Ten
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _Layout:
-    """What an aggregation may need to know of the batch; counts are integers, so exact on any device."""
+class Layout:
+    """What an aggregation may need to know of the batch; counts are integers, so exact on any device.
+
+    An aggregation of your own is a function of it that returns fp64 `[T]`: what the loss of each token is multiplied
+    by, where it is kept; `token_weights` gives 0 to the others.
+
+    counted_T: bool, the mask, tokens of the loss, rejected ones included. kept_T: bool, those of them that are kept.
+    rollout_T, group_R, advantage_R, scale: as `token_weights`.
+    """
 
     rollout_T: Tensor
     group_R: Tensor
-    counted_T: Tensor  # mask: tokens of the loss, rejected ones included
-    kept_T: Tensor  # mask and keep
+    counted_T: Tensor
+    kept_T: Tensor
     advantage_R: Tensor | None
     scale: float | None
 
     def per_rollout(self, flag_T: Tensor) -> Tensor:
+        """int64 `[R]`: flagged tokens of each rollout."""
         return torch.bincount(self.rollout_T[flag_T], minlength=len(self.group_R))
 
 
-def _token_mean(layout: _Layout) -> Tensor:
+def _token_mean(layout: Layout) -> Tensor:
     return _constant(layout, int(layout.counted_T.sum()))
 
 
-def _kept_tokens(layout: _Layout) -> Tensor:
+def _kept_tokens(layout: Layout) -> Tensor:
     return _constant(layout, int(layout.kept_T.sum()))
 
 
-def _seq_mean_token_sum(layout: _Layout) -> Tensor:
+def _seq_mean_token_sum(layout: Layout) -> Tensor:
     return _constant(layout, int((layout.per_rollout(layout.counted_T) > 0).sum()))
 
 
-def _seq_mean_token_mean(layout: _Layout) -> Tensor:
+def _seq_mean_token_mean(layout: Layout) -> Tensor:
     length_R = layout.per_rollout(layout.counted_T)
     sequences = (length_R > 0).sum().clamp(min=1)
     return (1.0 / (length_R.clamp(min=1).double() * sequences))[layout.rollout_T]
 
 
-def _seq_mean_token_sum_norm(layout: _Layout) -> Tensor:
+def _seq_mean_token_sum_norm(layout: Layout) -> Tensor:
     sequences = int((layout.per_rollout(layout.counted_T) > 0).sum())
     if layout.scale is not None:
         return _constant(layout, layout.scale * sequences)
@@ -151,7 +159,7 @@ def _seq_mean_token_sum_norm(layout: _Layout) -> Tensor:
     return _constant(layout, int(length_R.max()) * sequences if len(length_R) else 0)
 
 
-def _fixed(layout: _Layout) -> Tensor:
+def _fixed(layout: Layout) -> Tensor:
     if layout.scale is None:
         raise ValueError(
             "aggregation 'fixed' needs scale, the constant to divide by: prompts x rollouts per prompt x longest "
@@ -160,7 +168,7 @@ def _fixed(layout: _Layout) -> Tensor:
     return _constant(layout, layout.scale)
 
 
-def _eq5(layout: _Layout) -> Tensor:
+def _eq5(layout: Layout) -> Tensor:
     if layout.advantage_R is None:
         raise ValueError(
             "aggregation 'eq5' needs advantage_R: it divides by the kept rollouts of a prompt that have an advantage"
@@ -173,13 +181,13 @@ def _eq5(layout: _Layout) -> Tensor:
     return weight_R[layout.rollout_T]
 
 
-def _constant(layout: _Layout, denominator: float) -> Tensor:
+def _constant(layout: Layout, denominator: float) -> Tensor:
     # No token to count means no weight to give: the zero below is multiplied away by kept_T, it never shows.
     value = 1.0 / denominator if denominator else 0.0
     return torch.full(layout.rollout_T.shape, value, dtype=torch.float64, device=layout.rollout_T.device)
 
 
-AGGREGATIONS: dict[str, Callable[[_Layout], Tensor]] = {
+AGGREGATIONS: dict[str, Callable[[Layout], Tensor]] = {
     "token_mean": _token_mean,
     "all_tokens": _token_mean,
     "kept_tokens": _kept_tokens,
@@ -228,6 +236,7 @@ def token_weights(
         keep_T: bool `[T]` of a `Decision`; None keeps all.
         advantage_R: fp32 `[R]` of the same `Decision`; needed by eq5.
         scale: > 0, in tokens.
+        aggregation: a name above, or the import path `package.module:name` of a function of a `Layout`.
 
     Raises:
         ValueError: unknown aggregation, a missing or useless argument, shapes that do not fit.
@@ -244,9 +253,9 @@ def token_weights(
         )
     if scale is not None and not 0.0 < scale < math.inf:
         raise ValueError(f"scale = {scale!r}: expected a finite number of tokens > 0")
-    aggregate = lookup(AGGREGATIONS, aggregation, "aggregation")
+    aggregate = resolve(AGGREGATIONS, aggregation, "aggregation")
     kept_T = mask_T if keep_T is None else mask_T & keep_T
-    layout = _Layout(
+    layout = Layout(
         rollout_T=rollout_T,
         group_R=group_R,
         counted_T=mask_T,

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from entrocraft.registry import lookup
+from entrocraft.registry import resolve
 
 Schedule = Callable[[float], float]
 
@@ -185,13 +185,15 @@ SCHEDULES: dict[str, Callable[..., Schedule]] = {
 
 
 def build(name: str, **arguments: Any) -> Schedule:
-    """The schedule of that name; `start="measured"` (or `value=`, `around=`) anchors at the first measured entropy.
+    """The schedule of that name, or of the import path `package.module:name`.
+
+    `start="measured"` (or `value=`, `around=`) anchors it at the first measured entropy.
 
     Raises:
         ValueError: unknown name, arguments it does not take, or values it refuses; when it is anchored, values that
             the measured entropy does not allow.
     """
-    make = lookup(SCHEDULES, name, "schedule")
+    make = resolve(SCHEDULES, name, "schedule")
     awaited = [key for key, value in arguments.items() if isinstance(value, str) and value == "measured"]
 
     def made(values: Mapping[str, Any]) -> Schedule:

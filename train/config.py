@@ -107,7 +107,8 @@ class LossConfig:
     """Bound on the loss of a negative advantage, as a multiple of it; empty is off."""
     aggregation: str | None = None
     """What the loss is divided by: `token_mean` (the default), `seq_mean_token_sum`, `seq_mean_token_mean`,
-    `seq_mean_token_sum_norm`, `fixed`, `kept_tokens` or `eq5`. An `entropy.preset` brings its own."""
+    `seq_mean_token_sum_norm`, `fixed`, `kept_tokens`, `eq5`, or `package.module:name`, a function of a
+    `losses.Layout`. An `entropy.preset` brings its own."""
     passes: int = 1
     """Times each rollout is used; above 1 clipping comes into play."""
 

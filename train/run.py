@@ -12,7 +12,7 @@ from entrocraft.advantages import build as build_advantage
 from entrocraft.advantages import members
 from entrocraft.losses import AGGREGATIONS
 from entrocraft.methods import Signal, State
-from entrocraft.registry import lookup
+from entrocraft.registry import resolve
 from entrocraft.train import data_record
 from entrocraft.train.checkpoint import CheckpointFolder
 from entrocraft.train.checkpoint_files import value_of
@@ -69,7 +69,7 @@ class Run:
         self.policy = Policy(model, tokenizer, temperature=config.sampling.temperature, device=device, ranks=self.ranks)
         self.reference = Reference.load(config, self.policy, self.ranks, device)
         self.controller, self.aggregation = build_controller(config, vocab_size=self.policy.vocab_size)
-        lookup(AGGREGATIONS, self.aggregation, "aggregation (loss.aggregation)")
+        resolve(AGGREGATIONS, self.aggregation, "aggregation (loss.aggregation)")
         self.data = Problems.load(config, self.policy.tokenizer, context=self.policy.context)
         self.problems, self.prompts = self.data.train.problems, self.data.train.prompts
         self.held_out = self.data.held_out
