@@ -136,6 +136,14 @@ TARGETED: dict[str, tuple[str, ...]] = {
 }
 # Of these, this project's; the others are published.
 OWN = ("first_order", "first_order_token", "budget", "budget_token", "budget_weighed")
+# Forms of `budget` that were tried beside it, on falling curves, run where they are asked for by name.
+VARIANTS: dict[str, tuple[str, ...]] = {
+    "try_per_token": ("--entropy.rule=budget_variants:per_token",),
+    "try_fractional": ("--entropy.rule=budget_variants:fractional",),
+    "try_dead_band": ("--entropy.rule=budget_variants:dead_band", "--entropy.width=0.01"),
+    "try_group_scale": ("--entropy.rule=group_scale", "--entropy.rule_options={rule: {name: budget, level: token}}"),
+    "try_refill": ("--entropy.rule=budget", "--entropy.level=token", "--refill.zero_variance=refill"),
+}
 # Methods without a target: run once a regime and seed, and shown against the falling line that they do not see.
 FREE: dict[str, tuple[str, ...]] = {
     "none": (),
@@ -183,7 +191,7 @@ class Case(NamedTuple):
         """Settings on top of the demo's file; `steps` in place of the regime's."""
         task = TASKS[self.task]
         regime, schedule = task.regimes[self.regime], task.schedules[self.schedule]
-        arguments = TARGETED.get(self.method) or FREE[self.method]
+        arguments = (FREE | TARGETED | VARIANTS)[self.method]
         rule = [] if any(a.startswith("--entropy.rule=") for a in arguments) else ["--entropy.rule=none"]
         return [
             f"--seed={self.seed}",
@@ -224,6 +232,6 @@ def grid(
         for schedule in schedules or list(TASKS[task].schedules):
             for regime in regimes or list(TASKS[task].regimes):
                 for method in wanted:
-                    if method in TARGETED or schedule == "line":
+                    if method not in FREE or schedule == "line":
                         cases.append(Case(method, schedule, regime, seed, task))
     return cases
