@@ -12,7 +12,7 @@ from typing import Any
 
 import matplotlib as mpl
 from matplotlib.figure import Figure
-from tracking_cases import OWN, STEP, TARGETED, TASKS, Case
+from tracking_cases import FREE, OWN, STEP, TARGETED, TASKS, Case
 from tracking_verdict import method_table
 
 mpl.use("Agg")
@@ -21,7 +21,11 @@ SETTLED = 0.05  # nats: so close counts as having arrived after a step
 PATIENCE = 5  # steps it must stay so close
 ALLOWED = 15  # steps after a jump of the target that the worst error leaves out
 
-COLUMNS = ("error", "worst", "down", "up", "accuracy", "pass_at_8", "distinct", "entropy_end", "kept", "tokens")
+COLUMNS = {
+    "error": "error", "worst": "worst", "down": "settles down", "up": "up", "final_reward": "reward",
+    "accuracy": "accuracy", "pass_at_8": "pass@8", "distinct": "distinct right", "entropy_end": "entropy at the end",
+    "kept": "kept", "tokens": "tokens",
+}  # fmt: skip
 
 
 def judge(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -87,7 +91,8 @@ def read_runs(path: Path) -> dict[str, dict[str, Any]]:
 def summarise(runs: Iterable[dict[str, Any]]) -> dict[str, dict[str, Any]]:
     """Mean and spread (sample standard deviation) over seeds of every column, by the name of a case without its seed.
 
-    A run without a task is one of sums. down, up: of the runs that settled; never: how many did not.
+    A run without a task is one of sums. down, up: of the runs that settled; never: how many did not. final_reward:
+    share of right rollouts in the last tenth of the steps.
     """
     groups: dict[str, list[dict[str, Any]]] = defaultdict(list)
     for run in runs:
@@ -99,14 +104,19 @@ def summarise(runs: Iterable[dict[str, Any]]) -> dict[str, dict[str, Any]]:
         row["task"] = group[0].get("task", "sums")
         row["seeds"] = len(group)
         jumped = [settling(run) for run in group]
+        found = [run | settled | {"final_reward": _final(run["reward"])}
+                 for run, settled in zip(group, jumped, strict=True)]  # fmt: skip
         row["never"] = {way: sum(found[way] is None for found in jumped) for way in jumped[0]}
         for column in COLUMNS:
-            values = [value for run, found in zip(group, jumped, strict=True)
-                      if (value := (run | found).get(column)) is not None]  # fmt: skip
+            values = [value for run in found if (value := run.get(column)) is not None]
             row[column] = statistics.fmean(values) if values else None
             row[f"{column}_spread"] = statistics.stdev(values) if len(values) > 1 else None
         table[key] = row
     return table
+
+
+def _final(reward: Sequence[float]) -> float:
+    return statistics.fmean(reward[-max(1, len(reward) // 10) :])
 
 
 def markdown(table: dict[str, dict[str, Any]]) -> str:
@@ -118,13 +128,12 @@ def markdown(table: dict[str, dict[str, Any]]) -> str:
             continue
         lines += [
             "### " + ("" if task == "sums" else f"{task}: ") + f"{schedule}, {regime}", "",
-            "| method | seeks a target | error | worst | settles down | up | accuracy | pass@8 | distinct right | "
-            "entropy at the end | kept | seeds |",
-            "|---|---|---|---|---|---|---|---|---|---|---|---|",
+            "| " + " | ".join(["method", "seeks a target", *COLUMNS.values(), "seeds"]) + " |",
+            "|---" * (len(COLUMNS) + 3) + "|",
         ]  # fmt: skip
         for row in sorted(rows, key=lambda row: row["error"]):
-            cells = [row["method"], "yes" if row["method"] in TARGETED else "no"]
-            cells += [_cell(row, column, TASKS[task].digits) for column in COLUMNS[:-1]]
+            cells = [row["method"], "no" if row["method"] in FREE else "yes"]
+            cells += [_cell(row, column, TASKS[task].digits) for column in COLUMNS]
             lines.append("| " + " | ".join([*cells, str(row["seeds"])]) + " |")
         lines.append("")
     return "\n".join(lines)
@@ -190,7 +199,8 @@ def _cell(row: dict[str, Any], column: str, nats: int) -> str:
     never = row["never"].get(column, 0)
     if value is None:
         return "never" if never else ""
-    digits = {"error": nats, "worst": nats, "entropy_end": nats - 1, "down": 0, "up": 0, "distinct": 1}.get(column, 2)
+    whole = {"down": 0, "up": 0, "tokens": 0}
+    digits = {"error": nats, "worst": nats, "entropy_end": nats - 1, "distinct": 1, **whole}.get(column, 2)
     text = f"{value:.{digits}f}" + ("" if spread is None else f" ± {spread:.{digits}f}")
     return text + (f", {never} of {row['seeds']} never" if never else "")
 

@@ -14,7 +14,7 @@ THRESHOLDS = {"level": 0.04, "line": 0.02, "half_cosine": 0.02, "wave": 0.04}
 FALLING = ("line", "half_cosine")
 COLUMNS = [
     *("method", "reaches a target", "follows a curve", "any advantage", "error: level", "error: line", "error: cosine"),
-    *("error: wave", "error: step", "settles down", "settles up", "accuracy", "distinct right of 8"),
+    *("error: wave", "error: step", "settles down", "settles up", "reward", "accuracy", "distinct right of 8"),
 ]
 
 Means = dict[str, dict[str, Any]]
@@ -46,7 +46,10 @@ def follows(table: Means, method: str) -> str:
 
 
 def any_advantage(method: str) -> str:
-    """Whether the method leaves the advantage and the scale of the reward to the user."""
+    """Whether the method leaves the advantage and the scale of the reward to the user.
+
+    That what it makes of each advantage is its equation, `tests/entrocraft/test_every_combination.py` holds.
+    """
     settings = TARGETED[method]
     given = any(setting.startswith(("--loss.advantage=", "--reward.signed=")) for setting in settings)
     return "no" if given else "yes"
@@ -70,7 +73,8 @@ def method_table(table: Means) -> str | None:
         words += [_pair(table, name, curve, "error", 3) for curve in ("level", *FALLING, "wave")]
         words += [_pair(table, name, "step_down_up", "error", 3)]
         words += [_pair(table, name, "step_down_up", way, 0) for way in ("down", "up")]
-        words += [_pair(table, name, "line", "accuracy", 2), _pair(table, name, "line", "distinct", 1)]
+        words += [_pair(table, name, "line", column, 2) for column in ("final_reward", "accuracy")]
+        words += [_pair(table, name, "line", "distinct", 1)]
         rows.append(words)
     filled = [column for column in zip(*rows, strict=True) if any(column[1:])]
     head, *rest = ["| " + " | ".join(words) + " |" for words in zip(*filled, strict=True)]

@@ -35,13 +35,14 @@ torch.set_num_threads(1)  # the model is so small that threads only wait for eac
 
 
 def pytest_sessionfinish(session, exitstatus):
-    """Fail a run of the whole folder that skipped a test here or passed fewer than there should be."""
+    """Fail a run that skipped a test here, and one of the whole folder that passed more or fewer than there are."""
     reporter = session.config.pluginmanager.get_plugin("terminalreporter")
     passed, skipped = (
         sum(report.nodeid.startswith("tests/trl/") for report in reporter.stats.get(name, []))
         for name in ("passed", "skipped")
     )
-    if exitstatus == 0 and not session.config.option.keyword and (skipped or passed < EXPECTED):
+    whole = not session.config.option.keyword
+    if exitstatus == 0 and (skipped or (whole and passed != EXPECTED)):
         reporter.write_line(f"tests/trl: {passed} passed and {skipped} skipped; expected {EXPECTED} and 0", red=True)
         session.exitstatus = 1
 
@@ -101,12 +102,12 @@ class Result:
     size: float = 0.0  # what the rollouts' shares of the loss add up to without their signs
 
     def assert_same(self, other: "Result") -> None:
-        """Loss and gradient within 1e-6 of their sizes, and the gradient of each parameter alone within 2e-6."""
+        """Loss and gradient within 1e-6 of their sizes, and the gradient of each parameter alone too."""
         assert self.gradients.keys() == other.gradients.keys()
         for name, gradient in self.gradients.items():
             assert float(gradient.norm()) > 1e-6, name
             error = float((gradient - other.gradients[name]).norm() / gradient.norm())
-            assert error < 2e-6, f"the gradient of {name} is {error:.2g} of its norm away"
+            assert error < 1e-6, f"the gradient of {name} is {error:.2g} of its norm away"
         assert self.distance(other) < 1e-6
         error = abs(self.loss - other.loss) / self.size
         assert error < 1e-6, f"the losses {self.loss} and {other.loss} are {error:.2g} of what they add up apart"
