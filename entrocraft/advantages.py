@@ -44,7 +44,11 @@ _GRPO_EPSILON = 1e-6
 
 
 def grpo(reward_R: Tensor, group_R: Tensor, length_R: Tensor | None = None) -> Tensor:
-    """`(R_i - mean_g) / (std_g + 1e-6)` with the sample standard deviation (ddof 1), fp32 `[R]`.
+    """`A_i = (R_i - mean_g) / (std_g + 1e-6)` with the sample standard deviation (ddof 1), fp32 `[R]`.
+
+    Aggregation: any; verl's default is `token_mean`. Entropy: no term of its own, and no set-point. On policy its
+    expected change is, to first order, minus the covariance of A and S (`prediction`): it falls where tokens that are
+    likelier than the policy is on average earn more.
 
     Source: Shao et al., DeepSeekMath (arXiv 2402.03300); ddof and epsilon as verl computes them.
 
@@ -63,18 +67,20 @@ def grpo(reward_R: Tensor, group_R: Tensor, length_R: Tensor | None = None) -> T
 
 
 def dr_grpo(reward_R: Tensor, group_R: Tensor, length_R: Tensor | None = None) -> Tensor:
-    """`R_i - mean_g`, fp32 `[R]`: no division by the spread, so no extra weight on very easy or hard prompts.
+    """`A_i = R_i - mean_g`, fp32 `[R]`: no division by the spread, so no extra weight on very easy or hard prompts.
 
-    Source: Liu et al., Understanding R1-Zero-Like Training (arXiv 2503.20783); its loss divides by a constant
-    length, aggregation `fixed`. Arguments and errors as `grpo`.
+    Aggregation: `fixed`, its loss divides by a constant length. Entropy: as `grpo`, such prompts weighing less in it.
+    Source: Liu et al., Understanding R1-Zero-Like Training (arXiv 2503.20783). Arguments and errors as `grpo`.
     """
     return group_statistics(reward_R, group_R).centred_R.float()
 
 
 def rloo(reward_R: Tensor, group_R: Tensor, length_R: Tensor | None = None) -> Tensor:
-    """`R_i - mean of the others = G/(G-1) (R_i - mean_g)`, fp32 `[R]`.
+    """`A_i = R_i - mean of the others = G/(G-1) (R_i - mean_g)`, fp32 `[R]`.
 
-    Source: Ahmadian et al., Back to Basics (arXiv 2402.14740). Arguments and errors as `grpo`.
+    Aggregation: any; on policy unbiased where the denominator is a constant, as in `fixed`. Entropy: as `dr_grpo`, its
+    advantages G/(G-1) times as large. Source: Ahmadian et al., Back to Basics (arXiv 2402.14740). Arguments and errors
+    as `grpo`.
     """
     groups = group_statistics(reward_R, group_R)
     others_R = (groups.count_R - 1).clamp(min=1)
@@ -84,7 +90,11 @@ def rloo(reward_R: Tensor, group_R: Tensor, length_R: Tensor | None = None) -> T
 
 
 def opo(reward_R: Tensor, group_R: Tensor, length_R: Tensor | None = None) -> Tensor:
-    """`R_i - sum_g |y| R / sum_g |y|`, fp32 `[R]`: the baseline weighs rewards by length, which minimises variance.
+    """`A_i = R_i - sum_g |y| R / sum_g |y|`, fp32 `[R]`: the baseline weighs rewards by length, for least variance.
+
+    Aggregation: one that sums over a rollout's tokens, such as `token_mean`: the baseline takes the squared gradient of
+    a rollout to grow with its length. Entropy: as `dr_grpo`: on policy a baseline changes the noise and hardly the
+    direction.
 
     Source: Hao et al., On-Policy RL with Optimal Reward Baseline (arXiv 2505.23585). Arguments and errors as `grpo`;
     length_R is needed.
@@ -105,7 +115,10 @@ def opo(reward_R: Tensor, group_R: Tensor, length_R: Tensor | None = None) -> Te
 
 
 def reinforce_pp_baseline(reward_R: Tensor, group_R: Tensor, length_R: Tensor | None = None) -> Tensor:
-    """`R_i - mean_g`, then whitened over all counted tokens of the batch, fp32 `[R]`; length_R is needed.
+    """`A_i = (b_i - mean b) / sqrt(var b + 1e-8)`, `b_i = R_i - mean_g`, fp32 `[R]`; length_R is needed.
+
+    Mean and variance as in `reinforce_pp`. Aggregation: `token_mean`, under which the advantages average 0. Entropy: as
+    `dr_grpo`, in steps of another size; the constant taken from all moves it by noise alone, on policy.
 
     Source: Hu, REINFORCE++ (arXiv 2501.03262), its variant with a baseline. Arguments and errors as `grpo`.
     """

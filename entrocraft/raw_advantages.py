@@ -16,20 +16,22 @@ _WHITENING_EPSILON = 1e-8
 
 
 def reinforce(reward_R: Tensor, group_R: Tensor, length_R: Tensor | None = None) -> Tensor:
-    """`R_i`, fp32 `[R]`: no baseline. The released code of arXiv 2604.26326 has rewards of -1 and +1 here.
+    """`A_i = R_i`, fp32 `[R]`: no baseline. The released code of arXiv 2604.26326 has rewards of -1 and +1 here.
 
-    Entropy: all advantages of one sign move it by noise alone to first order, on policy and without clipping.
-    Source: Williams 1992. Arguments and errors as `advantages.grpo`.
+    Aggregation: any; `token_mean` in that code. Entropy: as `advantages.grpo`; advantages that are all equal move it by
+    noise alone to first order, on policy and without clipping. Source: Williams 1992. Arguments and errors as
+    `advantages.grpo`.
     """
     check_rewards(reward_R, group_R)
     return reward_R.nan_to_num(0.0).float()
 
 
 def reinforce_pp(reward_R: Tensor, group_R: Tensor, length_R: Tensor | None = None) -> Tensor:
-    """`(R_i - mean) / sqrt(variance + 1e-8)` over all counted tokens of the batch, fp32 `[R]`; length_R is needed.
+    """`A_i = (R_i - mean) / sqrt(variance + 1e-8)` over the counted tokens of the batch, fp32 `[R]`; needs length_R.
 
     The return of every token of a rollout is its outcome reward (discount 1, verl's default; no KL in the reward), so
-    each rollout counts as often as it has tokens. The variance is the unbiased one.
+    each rollout counts as often as it has tokens. The variance is the unbiased one. Aggregation: `token_mean`, under
+    which the advantages average 0. Entropy: as `reinforce`; prompts whose rollouts all agree keep an advantage.
 
     Source: Hu, REINFORCE++ (arXiv 2501.03262). Arguments and errors as `advantages.grpo`.
     """
@@ -40,9 +42,10 @@ def reinforce_pp(reward_R: Tensor, group_R: Tensor, length_R: Tensor | None = No
 
 
 def reinforce_rej(reward_R: Tensor, group_R: Tensor, length_R: Tensor | None = None) -> Tensor:
-    """`R_i`, and 0 where all rewards of the prompt are equal, fp32 `[R]`.
+    """`A_i = R_i`, and 0 where all rewards of the prompt are equal, fp32 `[R]`.
 
-    Source: Xiong et al., A Minimalist Approach to LLM Reasoning (arXiv 2504.11343). Arguments and errors as
+    Aggregation: any; rollouts with 0 stay in the denominator. Entropy: as `reinforce`, without what prompts that agree
+    would add. Source: Xiong et al., A Minimalist Approach to LLM Reasoning (arXiv 2504.11343). Arguments and errors as
     `advantages.grpo`. A rollout alone in its group has nothing to be equal to, and keeps its reward.
     """
     groups = group_statistics(reward_R, group_R)
@@ -51,20 +54,22 @@ def reinforce_rej(reward_R: Tensor, group_R: Tensor, length_R: Tensor | None = N
 
 
 def raft(reward_R: Tensor, group_R: Tensor, length_R: Tensor | None = None) -> Tensor:
-    """1 for right rollouts, 0 for the others, fp32 `[R]`; these stay in the denominator of a token mean.
+    """`A_i = 1[R_i > 0]`, fp32 `[R]`: 1 for right rollouts, 0 for the others.
 
-    RAFT and RAFT++ alike: the first takes the loss `gpg`, the second `ppo_clip`. Entropy: falls, the faster the more a
-    batch is used. Source: arXiv 2504.11343. Arguments and errors as `advantages.grpo`.
+    RAFT and RAFT++ alike: the first takes the loss `gpg`, the second `ppo_clip`. Aggregation: `token_mean`, in whose
+    denominator wrong ones stay. Entropy: falls, the faster the more a batch is used. Source: arXiv 2504.11343.
+    Arguments and errors as `advantages.grpo`.
     """
     check_rewards(reward_R, group_R)
     return _right(reward_R).float()
 
 
 def nsr_parity(reward_R: Tensor, group_R: Tensor, length_R: Tensor | None = None) -> Tensor:
-    """-1 for wrong rollouts, 0 for right ones, fp32 `[R]`, which stay in the denominator.
+    """`A_i = -1[R_i <= 0]`, fp32 `[R]`: -1 for wrong rollouts, 0 for right ones.
 
-    As the released code of arXiv 2604.26326 has negative-only; `nsr` takes the right ones out, and so takes larger
-    steps. Arguments and errors as `advantages.grpo`.
+    Aggregation: `token_mean`, in whose denominator right ones stay; `nsr` takes them out, and so takes larger steps.
+    Entropy: as `nsr`, in smaller steps. Source: the released code of arXiv 2604.26326, negative-only. Arguments and
+    errors as `advantages.grpo`.
     """
     check_rewards(reward_R, group_R)
     return -_wrong(reward_R).float()
@@ -72,9 +77,10 @@ def nsr_parity(reward_R: Tensor, group_R: Tensor, length_R: Tensor | None = None
 
 @dataclass(frozen=True, slots=True)
 class psr:
-    """1 for right rollouts; wrong ones are taken out of the batch, denominators included.
+    """`A_i = 1[R_i > 0]`: 1 for right rollouts; wrong ones are taken out of the batch.
 
-    Entropy: falls. Source: Zhu et al., The Surprising Effectiveness of Negative Reinforcement (arXiv 2506.01347).
+    Aggregation: any, wrong ones being out of its denominator too. Entropy: falls, as under `raft`. Source: Zhu et al.,
+    The Surprising Effectiveness of Negative Reinforcement (arXiv 2506.01347).
     """
 
     def __call__(self, reward_R: Tensor, group_R: Tensor, length_R: Tensor | None = None, /) -> Tensor:
@@ -88,10 +94,10 @@ class psr:
 
 @dataclass(frozen=True, slots=True)
 class nsr:
-    """-1 for wrong rollouts; right ones are taken out of the batch, denominators included.
+    """`A_i = -1[R_i <= 0]`: -1 for wrong rollouts; right ones are taken out of the batch.
 
-    Entropy: stays up longer than with `psr`, since less and less is left to learn from; it is no law that it rises.
-    Source: Zhu et al. (arXiv 2506.01347).
+    Aggregation: any, right ones being out of its denominator too. Entropy: stays up longer than with `psr`, since less
+    and less is left to learn from; it is no law that it rises. Source: Zhu et al. (arXiv 2506.01347).
     """
 
     def __call__(self, reward_R: Tensor, group_R: Tensor, length_R: Tensor | None = None, /) -> Tensor:
@@ -105,9 +111,10 @@ class nsr:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class w_reinforce:
-    """`weight` for right rollouts, -1 for wrong ones; all stay.
+    """`A_i = weight 1[R_i > 0] - 1[R_i <= 0]`: `weight` for right rollouts, -1 for wrong ones.
 
-    Entropy: as `nsr`, with a little of `psr`. weight: >= 0; 0.1. Source: Zhu et al. (arXiv 2506.01347), section 5.
+    Aggregation: any; all rollouts stay in its denominator. Entropy: as `nsr`, with a little of `psr`. weight: >= 0;
+    0.1. Source: Zhu et al. (arXiv 2506.01347), section 5.
     """
 
     weight: float = 0.1
