@@ -36,6 +36,10 @@ class PPOClip:
     clip_low, clip_high: 0 < clip_low <= 1, clip_high > 0; 0.2 and 0.2 (0.2 and 0.28 is Clip-Higher).
     dual_clip: > 1, or None for none.
 
+    Aggregation: any; verl's default is `token_mean`. Entropy: at r = 1 what the advantages do, no set-point. On re-used
+    batches the upper clip silences rare tokens of good rollouts that rise, which lowers entropy, and the lower one rare
+    tokens of bad ones that fall, which raises it: seen in small simulations, not proved.
+
     Source: Schulman et al. (arXiv 1707.06347); dual clip: Ye et al. (arXiv 1912.09729).
     """
 
@@ -225,7 +229,8 @@ def token_weights(
     =========================  ================================================================================
 
     Masking a rollout out and giving it advantage 0 differ in these denominators and nowhere else. A batch with
-    nothing kept has weights 0. Not differentiable.
+    nothing kept has weights 0. Not differentiable. Entropy: nothing by itself; the weights say whose tokens move it,
+    and whether a step shrinks with what is rejected (`token_mean`) or not (`kept_tokens`, `eq5`).
 
     Source: the modes of verl 0.9.1 (before, its seq_mean_token_sum_norm did not divide by the rollouts); eq5 is
     Equation 5 of arXiv 2604.26326, with zero-advantage rollouts left out of |S_x| (they contribute nothing, and would

@@ -11,9 +11,11 @@ HANDLINGS = ("keep", "mask", "no_verdict")
 
 
 def overlong_penalty(length_R: Tensor, *, limit: int, buffer: int, factor: float = 1.0) -> Tensor:
-    """`min(-(length - (limit - buffer)) / buffer * factor, 0)`, fp32 `[R]`: what is added to the reward.
+    """`penalty = min(-(length - (limit - buffer)) / buffer * factor, 0)`, fp32 `[R]`: what is added to the reward.
 
-    0 up to limit - buffer tokens, then a line that reaches -factor at the limit; it goes on falling beyond.
+    0 up to limit - buffer tokens, then a line that reaches -factor at the limit; it goes on falling beyond. One number
+    a rollout, before advantages and their aggregation. Entropy: nothing by itself, what the changed advantages do; a
+    group of equal verdicts and different lengths has advantages again.
 
     Args:
         length_R: tokens of each response. limit: longest response, tokens. buffer: tokens before it that cost.
@@ -39,6 +41,9 @@ def handle_truncated(
         keep         as they are: cut off counts as whatever the reward says, mostly wrong
         mask         their tokens leave the loss and its denominators; their reward still counts in their group
         no_verdict   their reward becomes NaN: they leave their group's statistics too, and teach nothing
+
+    Aggregation: `mask` takes their tokens out of denominators, the other two leave them in. Entropy: nothing by itself;
+    what no longer teaches no longer moves it, and under `mask` the rest weighs more in a mean.
 
     Args:
         reward_R: floating point. mask_T: bool. rollout_T: int64, non-decreasing. truncated_R: bool.

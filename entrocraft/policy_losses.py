@@ -51,14 +51,18 @@ class GSPO:
         s_t = s_i exp(logprob_t - sg[logprob_t])                 the value of s_i, the gradient of token t
         l_t = max(-s_t A_t, -clip(s_t, 1 - clip_low, 1 + clip_high) A_t)
 
-    With the weights of `token_weights(aggregation="seq_mean_token_mean")` the sum is the paper's objective, in value
-    and in gradient; with others it is its variant GSPO-token. A clip that binds removes the gradient of a whole
-    sequence, as does the clamp.
+    Aggregation: `seq_mean_token_mean`; where A is the same for all tokens of a sequence, the sum is then the mean over
+    sequences of max(-s_i A_i, -clip(s_i) A_i), in value and in gradient. A clip that binds removes the gradient of a
+    whole sequence, as does the clamp.
 
     clip_low, clip_high: 0 < clip_low <= 1, clip_high > 0. Ratios of sequences lie far closer to 1 than those of tokens:
     the 0.2 of PPO-clip would never bind here, and the defaults are 3e-4 and 4e-4.
 
-    Source: Zheng et al. (arXiv 2507.18071), sections 4.1 and 4.3.
+    Entropy: at s = 1 what the advantages do, no set-point. A clip silences whole sequences, and so does not single
+    out rare tokens as those of PPO-clip do.
+
+    Experimental: the paper's text was not at hand; the equations are verl's, and the clips those of its example, which
+    may not be the paper's. Source: Zheng et al. (arXiv 2507.18071), as verl has it.
     """
 
     sequence_level: ClassVar[bool] = True
@@ -141,10 +145,14 @@ class CISPO:
     The gradient of every token stays, `-clip(r) A` times that of logprob: the cap bounds its size and never removes it.
     The value is no measure of progress, only the gradient is.
 
-    clip_low: 0 < clip_low <= 1; 1, the default, is no lower bound, as in the paper. clip_high: > 0; the paper gives no
-    number, 0.2 is that of verl's example.
+    clip_low: 0 < clip_low <= 1; 1, the default, is no lower bound, as in verl's example. clip_high: > 0; 0.2, that of
+    the same example.
 
-    Source: MiniMax-M1 (arXiv 2506.13585), section 3.1.
+    Aggregation: `token_mean`. Entropy: what the advantages do, no set-point; rare tokens that the clips of PPO would
+    silence go on moving, and clip_high acts on entropy through the weights alone.
+
+    Experimental: the clip_high of the paper was not seen; equation and constants are verl's. Source: MiniMax-M1
+    (arXiv 2506.13585), as verl has it.
     """
 
     clip_low: float = 1.0

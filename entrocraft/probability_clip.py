@@ -25,8 +25,8 @@ class ProbabilityClip:
     give 1.5 for p near 0 and 1.2 at p = 1; -0.13 and 0.3 give 0.70 and 0.805. upper_share, lower_share: in [0, 1]; how
     much of each line there is, 1 for all of it, 0 for a plain clip.
 
-    Entropy: a wide upper line lets rare tokens of good rollouts rise, which raises it; a wide lower line lets rare
-    tokens of bad ones fall, which lowers it.
+    Aggregation: any. Entropy: a wide upper line lets rare tokens of good rollouts rise, which raises it; a wide lower
+    line lets rare tokens of bad ones fall, which lowers it.
 
     Experimental: formulas of the authors' blog, constants of somebody's summary of the paper; their code is not out.
     Source: arXiv 2602.09782.
@@ -101,7 +101,8 @@ class FlexibleClip:
         od   upper line alone, or lower line alone, by a switch with memory: up from H <= 0.2 H_0 until
              H > 0.2 H_0 + 0.8 H_0 (1 - k / S), H_0 being the entropy of the first step
 
-    Entropy: id up and then down, did down, up, down, od to and fro between two bounds that come together.
+    Aggregation: any. Entropy: id up and then down, did down, up, down, od to and fro between two bounds that come
+    together; no set-point but the bounds of od.
 
     State: "upper_share", "lower_share", and for od "entropy_start", "raising". Experimental, as `ProbabilityClip`; in
     the second half the authors' text and a summary of it disagree, and this follows the text. Source: arXiv 2602.09782.

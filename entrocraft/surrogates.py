@@ -24,8 +24,8 @@ class GeoMean:
         s_i = exp(min(20, mean over the tokens t of sequence i of d_t))          l_t = -s_i A
 
     The gradient of token t is -s_i A times that of its logprob, or 0 where its own log-ratio is clipped, so one far
-    token silences itself and not its sequence. With the weights of `token_weights(aggregation="seq_mean_token_mean")`
-    the sum is the paper's objective, in value and gradient. A must be the same for all tokens of a sequence.
+    token silences itself and not its sequence. Aggregation: `seq_mean_token_mean`, with whose weights the sum is the
+    paper's objective, in value and gradient. A must be the same for all tokens of a sequence.
 
     clip_low, clip_high: > 0, of the log-ratio; the paper's 0.4 on both sides. Entropy: as PPO-clip, with a wider clip
     that both signs meet alike. Source: Zhao et al. (arXiv 2507.20673).
@@ -90,7 +90,7 @@ class SAPO:
         l = -(4 / tau) sigmoid(tau (r - 1)) A
 
     The gradient with respect to logprob is -4 s (1 - s) r A, s being the sigmoid: -A at r = 1, fading on both sides,
-    the faster the larger tau. Recommended with the aggregation `seq_mean_token_mean`. Entropy: no hard clip whose side
+    the faster the larger tau. Aggregation: `seq_mean_token_mean` is recommended. Entropy: no hard clip whose side
     depends on the sign of A; a larger tau for A < 0 damps the tokens that negative rollouts push about.
 
     tau_positive, tau_negative: > 0; 1 and 1.05. Source: arXiv 2511.20347, section 3.
@@ -119,7 +119,8 @@ class GPG:
     """Plain policy gradient, to be minimised: l = -A logprob, without a ratio.
 
     What RAFT and REINFORCE take as their loss too. On a policy that has moved since the rollouts were drawn it is
-    biased. Entropy: whatever the advantages do, no clip adds to it. The value is no measure of progress.
+    biased. The value is no measure of progress. Aggregation: any. Entropy: whatever the advantages do, no clip adds to
+    it.
 
     Source: Chu et al. (arXiv 2504.02546), section 3; Williams 1992.
     """
@@ -131,15 +132,22 @@ class GPG:
 
 
 def clip_higher(clip_low: float = 0.2, clip_high: float = 0.28, dual_clip: float | None = 3.0) -> PPOClip:
-    """PPO-clip with the upper clip of DAPO, which lets rare tokens rise further. Source: arXiv 2503.14476, section 3.1.
+    """PPO-clip with the upper clip of DAPO, which lets rare tokens rise further.
 
-    Entropy: up, without a set-point, and only where a batch is used more than once.
+        l = max(-r A, -clip(r, 1 - clip_low, 1 + clip_high) A)        and the dual clip of `PPOClip`
+
+    Aggregation: `token_mean`, as DAPO has it. Entropy: meant to stay higher than under PPO-clip; without a set-point,
+    and only where a batch is used more than once. Source: Yu et al., DAPO (arXiv 2503.14476), section 3.1.
     """
     return PPOClip(clip_low=clip_low, clip_high=clip_high, dual_clip=dual_clip)
 
 
 def unclipped() -> PPOClip:
-    """l = -r A: the importance-weighted policy gradient, which no clip bounds."""
+    """l = -r A: the importance-weighted policy gradient, which no clip bounds but the clamp of log r of `PPOClip`.
+
+    Aggregation: any. Entropy: whatever the advantages do, no clip adds to it. Source: Schulman et al. (arXiv
+    1707.06347), section 3, the surrogate before it is clipped.
+    """
     return PPOClip(clip_low=1.0, clip_high=1e30, dual_clip=None)
 
 
