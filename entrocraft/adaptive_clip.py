@@ -11,8 +11,9 @@ from entrocraft.methods import PPO_CLIP, Signal, State, Terms, Tokens, check_tar
 class AdaptiveClip:
     """clip_high <- clip(clip_high * factor^sign(target - H), minimum, maximum), once a step.
 
-    Entropy: a wider upper clip lets rare tokens of good rollouts rise further, which raises it; a narrower one does the
-    contrary. It acts through clipped tokens alone: a step of one update clips none, and is not steered at all.
+    Aggregation: any. Entropy: a wider upper clip lets rare tokens of good rollouts rise further, which raises it; a
+    narrower one does the contrary. It acts through clipped tokens alone: a step of one update clips none, and is not
+    steered at all.
 
     target: nats; None: that of the schedule, or without one the entropy of the first step. initial: None for the
     `clip_high` of loss_fn, a `PPOClip`.

@@ -13,8 +13,8 @@ class REPO(Stateless):
     """A' = A - beta (log p(y) + H): what is likelier than the policy is on average loses, what is rarer gains.
 
     The second term has mean 0 under the policy, so it is no bias on the reward but an entropy gradient estimated
-    from the sampled token. log p and H are those of the policy that is about to change, without gradient. Entropy: up
-    for beta > 0, without a set-point.
+    from the sampled token. log p and H are those of the policy that is about to change, without gradient. Aggregation:
+    any. Entropy: up for beta > 0, without a set-point.
 
     Experimental: the paper's text was not at hand; the formula is from notes on it. Source: arXiv 2603.11682.
     """
@@ -40,10 +40,10 @@ class REPOR:
 
         A > 0:  A' = max(A (1 - zeta log p(y)), 0)         A < 0:  A' = min(A (1 + zeta log p(y)), 0)
 
-    zeta > 0 rewards rare right tokens more and punishes rare wrong ones less, so entropy rises; zeta < 0 the other way
-    round. Once a step |zeta| doubles where entropy is on the wrong side for its sign and halves where it is on the
-    right one; at `minimum` it changes sign instead of shrinking on. log p is that of the policy that is about to
-    change, without gradient.
+    Aggregation: any. Entropy: zeta > 0 rewards rare right tokens more and punishes rare wrong ones less, so that it
+    rises; zeta < 0 the other way round. Once a step |zeta| doubles where entropy is on the wrong side for its sign and
+    halves where it is on the right one; at `minimum` it changes sign instead of shrinking on. log p is that of the
+    policy that is about to change, without gradient.
 
     target: nats; None: that of the schedule. `adaptive=False` keeps zeta. initial, minimum, maximum: of |zeta|.
 
@@ -98,7 +98,7 @@ class Polarity:
 
         phi = clip((target - H) / target, -1, 1)        D = -A (S_y - S_bar)       (`prediction`)
 
-    Entropy: towards the target, by at most `strength` of every advantage.
+    Aggregation: any. Entropy: towards the target, by at most `strength` of every advantage.
 
     target: nats > 0; None: that of the schedule. strength: in [0, 0.5]. State: "phase".
 

@@ -11,8 +11,6 @@ The constants of the two, in three spellings. The authors' scripts: `k_percent =
 divides by 100, a fraction of 2e-3; penalty 1; `clip_ratio = 2e-4` for Clip-Cov, with bounds 1 and 5. verl's defaults:
 `kl_cov_ratio = 2e-4`, a tenth of theirs, and `ppo_kl_coef = 0.1` in its configuration (1.0 in the function). Here
 `fraction` is always the plain share of the tokens.
-
-Source: Cui et al. (arXiv 2505.22617), section 4; the authors' code and verl's.
 """
 
 import math
@@ -33,10 +31,13 @@ WIDE = PPOClip(clip_low=1.0, clip_high=1.0, dual_clip=None)
 class ClipCov(Stateless):
     """Silence a few tokens, drawn at random among those with lower < c < upper that no clip has silenced.
 
-    Their number is max(1, int(fraction * counted tokens)), or all there are. They keep their place in the denominator.
-    The draw depends on (seed, step) and the tokens alone. Entropy: falls more slowly; no set-point.
+        c_t = (A_t - mean A) (log p_t - mean log p)
+
+    Their number is max(1, int(fraction * counted tokens)), or all there are. The draw depends on (seed, step) and the
+    tokens alone. Aggregation: `token_mean`, in whose denominator they stay. Entropy: falls more slowly; no set-point.
 
     fraction: in (0, 1]. lower < upper: of c. loss_fn: the authors clip at 1 on both sides, verl without a dual clip.
+    Source: Cui et al. (arXiv 2505.22617), section 4; the authors' code and verl's.
     """
 
     fraction: float = 2e-4
@@ -72,9 +73,11 @@ class KLCov(Stateless):
     At the first update after sampling both log-probabilities agree, and where they do to the last bit the penalty's
     gradient is 0 (that of |.| at 0). Where the update scores tokens in other micro-batches or by other kernels than
     the scoring did, they differ by rounding, and each chosen token gets a full coefficient of random sign: noise, not
-    pressure. It acts where a batch is used again. Entropy: falls more slowly; no set-point.
+    pressure. It acts where a batch is used again. Aggregation: any, the penalty being a part of the same mean.
+    Entropy: falls more slowly; no set-point.
 
-    fraction: in (0, 1]; the authors' 2e-3. coefficient: finite, >= 0; the authors' 1.
+    fraction: in (0, 1]; the authors' 2e-3. coefficient: finite, >= 0; the authors' 1. Source: as `ClipCov`: Cui et al.
+    (arXiv 2505.22617), the authors' code and verl's.
     """
 
     fraction: float = 2e-3

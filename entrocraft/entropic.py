@@ -17,14 +17,16 @@ class Entropic:
         e = H - target        alpha = clip(kp e + ki I, -1, 1)        I <- I + e, once a step, unless clamped
         L = L_policy + alpha * mean over the counted tokens with p(y) > threshold of (-r |A|)
 
-    The second term is not clipped, and its mean is over its own tokens alone. Entropy: too high, alpha > 0, likely
-    tokens gain mass and entropy falls; too low, the other way round. One alpha serves the whole update on every rank;
-    the authors compute one a micro-batch and rank from that one's entropy, so that theirs depends on the split. The
-    integral stands still while alpha is clamped (an addition, so that it does not wind up).
+    Aggregation: any for L_policy; the second term is not clipped, and its mean is over its own tokens alone. Entropy:
+    too high, alpha > 0, likely tokens gain mass and entropy falls; too low, the other way round. Here alpha moves once
+    a step, not at each optimizer update, and is the same on every rank; the authors compute one a micro-batch and rank
+    from that one's entropy, so that theirs depends on the split, and their integral moves at each update. Ours stands
+    still while alpha is clamped (an addition, so that it does not wind up).
 
     target: nats; None: that of the schedule. p(y): under the policy that is about to change.
 
-    State: "alpha", "integral". Source: Yang et al. (arXiv 2511.15248) and its code; their target is 0.1.
+    State: "alpha", "integral". Experimental: the paper's equations were not seen; these are of its authors' code,
+    which was read. Source: Yang et al. (arXiv 2511.15248) and that code; their target is 0.1.
     """
 
     target: float | None = None
@@ -66,10 +68,11 @@ class EntropicParity:
         alpha = I + kp e,  then  I <- I + ki e        A' = A + alpha |A|   on every token
 
     Not clamped: |alpha| > 1 turns the sign of an advantage. There A is the raw reward of -1 or +1, so use it with the
-    advantage `reinforce` on signed rewards. Entropy: meant as `Entropic`, but all tokens are weighed alike, and on
-    policy and without clipping a weight on all tokens of one sign moves it by noise alone to first order.
+    advantage `reinforce` on signed rewards. Aggregation: `token_mean`, as there. Entropy: meant as `Entropic`, but all
+    tokens are weighed alike, and on policy and without clipping a weight on all tokens of one sign moves it by noise
+    alone to first order.
 
-    target: nats, 0.5 in their scripts; None: that of the schedule. State: "alpha", "integral".
+    target: nats, 0.5 in their scripts; None: that of the schedule. State: "alpha", "integral". Source: that code.
     """
 
     target: float | None = None

@@ -11,9 +11,9 @@ from entrocraft.objective import LossFn
 class EntropyBonus(Stateless):
     """L = L_policy - coefficient * mean entropy.
 
-    The mean is that of the aggregation, over all tokens that count, rejected ones included. Gradient of L per
-    logit coefficient S_i / temperature (`prediction`). Entropy: up for a positive coefficient, down for a negative one,
-    without a set-point: the same coefficient can leave it falling or make it run away.
+    Aggregation: any; the mean of the entropy is the same one, over all tokens that count, rejected ones included.
+    Gradient of L per logit coefficient S_i / temperature (`prediction`). Entropy: up for a positive coefficient, down
+    for a negative one, without a set-point: the same coefficient can leave it falling or make it run away.
 
     Source: Williams & Peng 1991; the released code of arXiv 2604.26326 compares itself with 0.003.
     """
@@ -34,11 +34,12 @@ class EntropyBonus(Stateless):
 class AdaptiveBonus:
     """An entropy bonus whose coefficient c moves by `delta` a step, and which is paid only below the target.
 
+        L = L_policy - used * mean entropy
         used at a step:     c where H <= target, else 0
         for the next one:   c + delta where H <= target, else c - delta, kept within [minimum, maximum]
 
     H is that of the step before, as its source has it. Here c moves once a step; in TRL at each optimizer update.
-    Entropy: pushed up to the target, never down to it.
+    Aggregation: as `EntropyBonus`. Entropy: pushed up to the target, never down to it.
 
     target: nats; None: that of the schedule. initial, delta, minimum, maximum: coefficients, >= 0.
 
@@ -89,13 +90,16 @@ class AEnt:
 
     The clamped entropy is that of the row's distribution without the least likely `share` of the vocabulary,
     renormalised, so that nothing is paid for mass on tokens that are never right. H is the batch's mean of it
-    (`Signal.clamped_entropy`; without one, that of the whole vocabulary). Entropy: held between the bounds as far as
-    the box of c reaches; c >= 0, so it is never pushed down.
+    (`Signal.clamped_entropy`; without one, that of the whole vocabulary). Aggregation: as `EntropyBonus`. Entropy: held
+    between the bounds as far as the box of c reaches; c >= 0, so it is never pushed down.
 
     low, high: nats; None: both are the schedule's target. share: of the vocabulary, in (0, 1).
 
-    State: "coefficient". Source: Shen et al. (arXiv 2509.03493); constants of its recipe for AReaL. The clamped entropy
-    needs every row's ranking of the vocabulary: `kernels.clamped_entropy`, slower than the fused op.
+    State: "coefficient". The clamped entropy needs every row's ranking of the vocabulary: `kernels.clamped_entropy`,
+    slower than the fused op.
+
+    Experimental: the paper's text was not seen; the equations are from the README of its recipe and from a digest of
+    the paper. Source: Shen et al. (arXiv 2509.03493); constants of its recipe for AReaL.
     """
 
     initial: float = 1e-3

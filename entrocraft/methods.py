@@ -153,7 +153,12 @@ class Stateless:
 
 @dataclass(frozen=True, kw_only=True)
 class Plain(Stateless):
-    """A policy loss and nothing else: PPO-clip, clip-higher, GSPO, CISPO and the like (`policy_losses`)."""
+    """A policy loss and nothing else: PPO-clip, clip-higher, GSPO, CISPO and the like (`surrogates.LOSSES`).
+
+        L = sum_t w_t l_t
+
+    Aggregation: any, it gives w. Entropy: what advantages and clips do, no set-point. Source: that of the loss.
+    """
 
     loss_fn: LossFn = PPO_CLIP
 

@@ -15,7 +15,7 @@ def overlong_penalty(length_R: Tensor, *, limit: int, buffer: int, factor: float
 
     0 up to limit - buffer tokens, then a line that reaches -factor at the limit; it goes on falling beyond. One number
     a rollout, before advantages and their aggregation. Entropy: nothing by itself, what the changed advantages do; a
-    group of equal verdicts and different lengths has advantages again.
+    group of equal verdicts has advantages again where penalties differ.
 
     Args:
         length_R: tokens of each response. limit: longest response, tokens. buffer: tokens before it that cost.

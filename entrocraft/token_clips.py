@@ -2,10 +2,7 @@
 
 S_t = p (log p + H) of the sampled token under the policy that is about to change, and S_bar its mean under that policy
 (`prediction`). A penalty (A < 0) on a token with S above S_bar raises entropy, one on a token below lowers it. Both
-methods take tokens out of the mask, so out of the denominators too, and leave all tokens with A >= 0 alone. Entropy:
-falls more slowly; no set-point.
-
-Source: Wang et al. (arXiv 2602.03392) and their code.
+methods take tokens out of the mask and leave all tokens with A >= 0 alone.
 """
 
 import math
@@ -25,7 +22,13 @@ _FLAT = 1e-12  # nats: a spread below it is rounding, and nothing is an outlier 
 class ClipB(Stateless):
     """Where A < 0, keep a token only if S_t - mean S >= -mu sigma, both over the counted tokens of the update.
 
+        S_t = p (log p + H)        of the sampled token
+
     sigma: population standard deviation. What goes are penalties on tokens far rarer than the batch's. mu: > 0; 2.5.
+
+    Aggregation: any, what goes being out of its denominator too. Entropy: falls more slowly; no set-point.
+    Experimental: the paper's definition was not seen; this is its authors' code, which was read, but for p, which there
+    is the sampler's. Source: Wang et al. (arXiv 2602.03392) and that code.
     """
 
     mu: float = 2.5
@@ -53,11 +56,15 @@ class ClipB(Stateless):
 class ClipV(Stateless):
     """Where A < 0, keep a token only if S_bar_t - S_t <= mu sigma; at most `most` of the tokens go, the largest first.
 
+        S_t = p (log p + H)        of the sampled token        S_bar_t = sum_i p_i S_i
+
     sigma: population standard deviation of S_bar - S over the counted tokens of the update. mu: > 0; 8.5 is the
     authors' registered default (their class has 2). most: share of the counted tokens, rounded up; 1e-4.
 
-    Experimental in one point: that the authors' quantity "nec" is S_bar follows from the theory and a chart of theirs;
-    the file that computes it could not be read.
+    Aggregation: any, what goes being out of its denominator too. Entropy: falls more slowly; no set-point.
+    Experimental: the paper's definition was not seen, but its authors' code was read, whose p is that of the step's
+    start; that their quantity "nec" is S_bar follows from the theory and a chart of theirs, the file that computes it
+    could not be read. Source: Wang et al. (arXiv 2602.03392) and their code.
     """
 
     mu: float = 8.5
