@@ -30,8 +30,8 @@ class group_scale:
     sqrt(q / (1 - q)).
 
     On policy, unclipped, with sums of log-probabilities over a sequence and two reward values, the expected gradient
-    of every prompt is the unfiltered one, exactly. The filter then steers entropy only through clipping, re-used
-    batches and noise; it raises the weight of rare signs, so the variance. A prompt without advantage has c_x = 1, one
+    of every prompt is the unfiltered one, exactly. It raises the weight of rare signs, so the variance. Entropy: the
+    filter then steers it only through clipping, re-used batches and noise. A prompt without advantage has c_x = 1, one
     of which nothing passes 0.
 
     rule: a `Rule`, or the name of one, or a mapping with its "name" and arguments.
@@ -93,8 +93,8 @@ class tempered:
 
         w_i = b_i min(a_i^-kappa, w_max)        b_i = 1 where the rollout was kept (its weight, under `soft_expected`)
 
-    At kappa = 1 without limit E[w A g] = E[A g]: the filter's control of entropy is gone in expectation and only its
-    noise stays. That is what unbiasedness costs here; `group_scale` keeps the filter instead.
+    Entropy: at kappa = 1 without limit E[w A g] = E[A g], the filter's control of it is gone in expectation and only
+    its noise stays. That is what unbiasedness costs here; `group_scale` keeps the filter instead.
 
     rule: as `group_scale`; one that gives every rollout a chance or a weight (`soft`, `soft_expected`). Under a rule
         that rejects for certain (`hard`) a = 0 and the weight is not defined.

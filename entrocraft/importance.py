@@ -2,11 +2,7 @@
 
 rho_t = exp(logprob_t - sampler_logprob_t), the trainer's policy at the start of the step over the sampler's; both at
 the same temperature. Everything here is a constant of the loss: it multiplies a token's weight (`Tokens.importance_T`)
-and has no gradient. Entropy: none by itself; without it a sampler that is a little sharper or flatter than the
-trainer's policy biases every update the same way.
-
-Source: Yao et al., Your efficient RL framework secretly brings you off-policy training (2025); the levels as in verl's
-rollout correction.
+and has no gradient.
 """
 
 import math
@@ -44,6 +40,11 @@ class ImportanceWeights:
     level, action: as above. low, high: bounds of the ratio, 0 <= low < high; 0 and 2 truncate tokens, 0.999 and 1.001
     reject by the geometric mean. normalise: divide by the mean weight of the tokens that count ("token") or of the
     rollouts ("sequence", "geometric"), so that the step keeps its size.
+
+    Aggregation: any; what is masked or rejected stays in its denominator. Entropy: nothing by itself; without it a
+    sampler that is a little sharper or flatter than the trainer's policy biases every update the same way. Source: Yao
+    et al., Your efficient RL framework secretly brings you off-policy training (2025); the levels as in verl's rollout
+    correction.
     """
 
     level: str = "token"

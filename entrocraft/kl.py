@@ -1,17 +1,6 @@
 """Estimates of KL(pi || ref) from the log-probability of the sampled token, Schulman's three and their corrections.
 
-With d = ref_logprob - logprob and the token drawn from pi:
-
-    k1 = -d            unbiased; its gradient has mean 0: no penalty at all when it is differentiated
-    k2 = d^2 / 2       biased; its gradient is an unbiased one of the KL
-    k3 = e^d - d - 1   unbiased, >= 0, low variance; its gradient is that of the reverse, KL(ref || pi)
-    k1+, k3+           the value of k1 or k3 with the gradient of k2 (straight-through): both unbiased
-
-In k3 alone d is clamped to [-20, 20] and the value to 10, as trainers do: beyond, k3 is biased and has no gradient
-(k3+ keeps that of k2). Entropy: a penalty towards a
-reference of higher entropy holds the policy's up, without a set-point.
-
-Source: Schulman, Approximating KL divergence (2020); straight-through as in verl.
+All are penalties, one number a token, with d = ref_logprob - logprob and the token drawn from pi.
 """
 
 import torch
@@ -24,19 +13,45 @@ _K3_LIMIT = 10.0
 
 
 def k1(logprob_T: Tensor, ref_logprob_T: Tensor) -> Tensor:
-    """logprob - ref_logprob, `[T]`, nats."""
+    """k1 = -d = logprob - ref_logprob, `[T]`, nats: unbiased. Its gradient has mean 0: no penalty when differentiated.
+
+    Entropy: nothing in expectation, for that reason. Source: Schulman, Approximating KL divergence (2020).
+    """
     return -_difference(logprob_T, ref_logprob_T)
 
 
 def k2(logprob_T: Tensor, ref_logprob_T: Tensor) -> Tensor:
-    """(logprob - ref_logprob)^2 / 2, `[T]`."""
+    """k2 = d^2 / 2, `[T]`: biased, but its gradient is an unbiased one of the KL.
+
+    Entropy: held up by a reference of higher entropy, without a set-point. Source: as `k1`.
+    """
     return 0.5 * _difference(logprob_T, ref_logprob_T).square()
 
 
 def k3(logprob_T: Tensor, ref_logprob_T: Tensor) -> Tensor:
-    """e^d - d - 1 with d = ref_logprob - logprob in [-20, 20], at most 10, `[T]`."""
+    """k3 = e^d - d - 1, `[T]`: unbiased, >= 0, of low variance; its gradient is that of the reverse, KL(ref || pi).
+
+    d is clamped to [-20, 20] and the value to 10, as trainers do: beyond, it is biased and has no gradient. Entropy: as
+    `k2`. Source: as `k1`; the clamps as in verl.
+    """
     d_T = _difference(logprob_T, ref_logprob_T).clamp(-_LIMIT, _LIMIT)
     return (d_T.exp() - d_T - 1.0).clamp(max=_K3_LIMIT)
+
+
+def k1_plus(logprob_T: Tensor, ref_logprob_T: Tensor) -> Tensor:
+    """k1+ = sg[k1 - k2] + k2, `[T]`: the value of k1 with the gradient of k2 (straight-through), both unbiased.
+
+    Entropy: as `k2`. Source: verl.
+    """
+    return _straight_through(k1(logprob_T, ref_logprob_T), logprob_T, ref_logprob_T)
+
+
+def k3_plus(logprob_T: Tensor, ref_logprob_T: Tensor) -> Tensor:
+    """k3+ = sg[k3 - k2] + k2, `[T]`: the value of k3 with the gradient of k2, which the clamps of k3 leave alone.
+
+    Entropy: as `k2`. Source: verl.
+    """
+    return _straight_through(k3(logprob_T, ref_logprob_T), logprob_T, ref_logprob_T)
 
 
 def _straight_through(value_T: Tensor, logprob_T: Tensor, ref_logprob_T: Tensor) -> Tensor:
@@ -49,13 +64,17 @@ ESTIMATORS = {
     "k1": k1,
     "k2": k2,
     "k3": k3,
-    "k1+": lambda logprob_T, ref_logprob_T: _straight_through(k1(logprob_T, ref_logprob_T), logprob_T, ref_logprob_T),
-    "k3+": lambda logprob_T, ref_logprob_T: _straight_through(k3(logprob_T, ref_logprob_T), logprob_T, ref_logprob_T),
+    "k1+": k1_plus,
+    "k3+": k3_plus,
 }
 
 
 def kl(logprob_T: Tensor, ref_logprob_T: Tensor, *, kind: str) -> Tensor:
-    """kl_T, nats, differentiable with respect to logprob_T alone.
+    """kl_T = k1, k2, k3, k1+ or k3+ of the functions of this module, nats, differentiable in logprob_T alone.
+
+    Aggregation: that of the loss it is added to. Entropy: all but k1 pull the policy towards the reference, and hold
+    its entropy up where the reference's is higher, without a set-point; k1 does nothing in expectation. Source:
+    Schulman, Approximating KL divergence (2020); k1+ and k3+ as in verl.
 
     Args:
         logprob_T: of the sampled tokens under the policy. ref_logprob_T: under the reference.

@@ -39,7 +39,10 @@ _SMALLEST_GAIN = 1e-3
 
 
 def entropy_discriminator(stats: TokenStats) -> tuple[Tensor, Tensor]:
-    """`(S_T, Sbar_T)` in nats: S of the sampled token, and its mean under the policy. No gradient.
+    """`S_T = p (log p + H)` of the sampled token and `Sbar_T = sum p^2 log p + H sum p^2`, nats, without gradient.
+
+    Entropy: rewarding a token with S above Sbar lowers it, one below raises it. Source: arXiv 2602.03392 has the same
+    S; the closed form of its mean is this project's.
 
     Raises:
         ValueError: the statistics lack p2_T and p2logp_T.
@@ -58,12 +61,12 @@ def entropy_discriminator(stats: TokenStats) -> tuple[Tensor, Tensor]:
 def predicted_entropy_change(stats: TokenStats, loss_fn: LossFn, *, temperature: float | Tensor = 1.0) -> Tensor:
     """change_T = dL/dlogprob_T (S_T - Sbar_T) / temperature^2, in nats for a gradient step of unit size on the logits.
 
-    Its sum is the predicted change of the batch entropy. Ratios, clipping, masks, averaging and importance weights
-    are in it because they are in L: a token whose gradient a clip removed predicts exactly 0.
+    Entropy: measured, not moved; the sum is the predicted change of the batch's. Ratios, clipping, masks, averaging and
+    importance weights are in it because they are in L: a token whose gradient a clip removed predicts exactly 0.
 
     So is the denominator of L: a sum over a part of the tokens is the change of an update on that part only if L
     keeps its denominator without the others. `token_mean` does, `kept_tokens` and `eq5` do not
-    (`losses.KEPT_DENOMINATORS`).
+    (`losses.KEPT_DENOMINATORS`). Source: the theorem of arXiv 2604.26326 in the closed form of this project.
 
     Args:
         stats: of the policy that is scored, with p2_T and p2logp_T.

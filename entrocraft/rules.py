@@ -23,7 +23,10 @@ _EXPONENT_LIMIT = -50.0
 
 @dataclass(frozen=True, slots=True)
 class none:
-    """Keep every rollout as it is: no control, the arm to compare with."""
+    """Keep every rollout as it is: no control, the arm to compare with.
+
+    Entropy: whatever loss and advantages do. Source: the uncontrolled baselines of arXiv 2604.26326.
+    """
 
     def __call__(self, inputs: RuleInputs) -> Verdict:
         return _keep_all(inputs)
@@ -42,7 +45,8 @@ class soft:
     negative-only updates share their expected direction, so the size of the drift changes and not its sign; the
     effect comes with clipped, re-used batches.
 
-    gamma: >= 0, sharpness. Source: arXiv 2604.26326 v1, Algorithm 1, gamma = 10. No released code contains it.
+    gamma: >= 0, sharpness. Experimental: no released code contains it, so that no run with gamma = 10 could be looked
+    at. Source: arXiv 2604.26326 v1, Algorithm 1, gamma = 10.
     """
 
     gamma: float = 10.0
