@@ -42,8 +42,8 @@ class soft:
     four of eight: nearly `hard`.
 
     Entropy: above the band it is meant to fall, below it to rise. On policy, without clipping, positive-only and
-    negative-only updates share their expected direction, so the size of the drift changes and not its sign; the
-    effect comes with clipped, re-used batches.
+    negative-only updates share their expected direction, so the size of the drift changes and not its sign; in
+    small simulations the effect comes with clipped, re-used batches, which is not proved for language models.
 
     gamma: >= 0, sharpness. Experimental: no released code contains it, so that no run with gamma = 10 could be looked
     at. Source: arXiv 2604.26326 v1, Algorithm 1, gamma = 10.
