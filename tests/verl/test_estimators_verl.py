@@ -62,9 +62,10 @@ def make_batch(seed: int, *, spread: float = 0.3, rewards: str = "binary", holes
 
 
 def close(ours: Tensor, theirs: Tensor) -> None:
-    """Within 1e-6 of each element, in fp32; of those that are sums of larger ones within 1e-7 of the largest."""
+    """Within 1e-6 of each element, in fp32, or within three roundings of the largest, of which small ones are the rest
+    (verl subtracts rewards of size 1 in fp32)."""
     scale = float(theirs.abs().max())
-    torch.testing.assert_close(ours.float(), theirs.float(), rtol=1e-6, atol=1e-7 * scale)
+    torch.testing.assert_close(ours.float(), theirs.float(), rtol=1e-6, atol=1.8e-7 * scale)
 
 
 # -- advantages
