@@ -1,6 +1,7 @@
 """The examples run as they stand, and do what they say."""
 
 import importlib.util
+import re
 import warnings
 from pathlib import Path
 
@@ -21,7 +22,7 @@ def _load(name):
 
 def test_the_loop_follows_its_line_and_without_control_does_not(capsys):
     example = _load("grpo_loop")
-    errors = {}
+    errors, rewards = {}, {}
     for rule in ("budget", "none"):
         with torch.random.fork_rng():
             entropies = example.main(["--steps", "40", "--rule", rule])
@@ -29,9 +30,18 @@ def test_the_loop_follows_its_line_and_without_control_does_not(capsys):
         assert start == pytest.approx(2.3, abs=0.05)  # log 10
         gaps = [abs(e - (start + (1.9 - start) * s / 40)) for s, e in enumerate(entropies)]
         errors[rule] = sum(gaps[13:]) / len(gaps[13:])
-    assert errors["budget"] < 0.05
+        rewards[rule] = [float(found) for found in re.findall(r"reward (\S+);", capsys.readouterr().out)]
+    assert errors["budget"] < 0.02
     assert errors["none"] > 0.25
-    assert capsys.readouterr().out.count("step 39: reward 0.9") == 2
+    for reward in rewards.values():
+        assert reward[0] == pytest.approx(0.5, abs=0.1)
+        assert reward[-1] > 0.88
+
+
+def test_the_loop_is_sixty_lines_with_no_trainer_behind_it():
+    text = (EXAMPLES / "grpo_loop.py").read_text()
+    assert len(text.splitlines()) <= 60
+    assert "entrocraft.train" not in text
 
 
 def test_the_rule_of_ones_own_keeps_the_extremes():
