@@ -35,8 +35,11 @@ from entrocraft.train.sharding import full_tensor
 from entrocraft.train.step import Learning, accumulate, make_share, update
 
 CPU = torch.device("cpu")
-# What each case changes: the model, how it is sharded, tokens a micro-batch (a different number of passes on each rank)
-# and the worlds it is worth running in.
+# The loss where a case names no other, and what its methods have come to: the bonus, and EntroPIC's weight.
+BONUS = {"method": "entropy_bonus", "method_options": {"coefficient": 0.01}}
+STATE = {"coefficient": 0.01, "alpha": 0.4}
+# What each case changes: the model, how it is sharded, the loss, tokens a micro-batch (a different number of passes on
+# each rank) and the worlds it is worth running in.
 CASES: dict[str, dict[str, Any]] = {
     "tied": {"model": "tied", "budget": 14},
     "untied": {"model": "untied", "budget": 40},
@@ -70,6 +73,23 @@ CASES: dict[str, dict[str, Any]] = {
         "reference": {"kl_coefficient": 0.5, "kl": "k3", "kl_on": "kept"},
         "budget": 40,
         "worlds": (2,),
+    },
+    # The denominators: kept rollouts of each prompt, and likely tokens (next to uniform, 1 / 259 is the middle).
+    "eq5_entropic": {
+        "model": "tied",
+        "loss": {"aggregation": "eq5", "method": "entropic", "method_options": {"target": 5.0, "threshold": 0.0039}},
+        "budget": 14,
+        "worlds": (2, 4),
+    },
+    "gspo": {
+        "model": "tied",
+        "loss": {
+            "aggregation": "seq_mean_token_mean",
+            "policy": "gspo",
+            "policy_options": {"clip_low": 0.05, "clip_high": 0.05},
+        },
+        "budget": 40,
+        "worlds": (2, 4),
     },
     "bfloat16": {"model": "untied", "parallel": {"param_dtype": "bfloat16"}, "budget": 512, "worlds": (1, 2)},
     "vocabulary_bfloat16": {
@@ -105,7 +125,7 @@ def config(folder: Path, name: str, budget: int, *, whole: bool = False) -> Conf
         reference=ReferenceConfig(**reference),
         batch=BatchConfig(prompts_per_step=4, samples_per_prompt=3, updates_per_step=2, tokens_per_microbatch=budget),
         sampling=SamplingConfig(max_response_tokens=9, temperature=0.9),
-        loss=LossConfig(passes=2, method="entropy_bonus", method_options={"coefficient": 0.01}),
+        loss=LossConfig(passes=2, **case.get("loss", BONUS)),
         optimizer=OptimizerConfig(lr=0.1, grad_clip=0.5),
     )
 
@@ -127,9 +147,8 @@ def results(setting: Config, ranks: Ranks, batch: dict[str, Any], policy: Policy
     policy = policy or load_policy(setting, ranks)
     rollouts, decision = Rollouts(**batch["rollouts"]), Decision(**batch["decision"])
     budget = setting.batch.tokens_per_microbatch
-    learning = Learning(
-        method=build_method(setting), state={"coefficient": 0.01}, aggregation="token_mean", config=setting, step=1
-    )
+    aggregation = setting.loss.aggregation or "token_mean"
+    learning = Learning(method=build_method(setting), state=STATE, aggregation=aggregation, config=setting, step=1)
     policy.check(rollouts.prompts[0])
     stats = policy.score(rollouts, budget)
     made: dict[str, Any] = {"scores": stats.as_dict(), "ends": policy.eos_ids}

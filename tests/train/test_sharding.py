@@ -5,6 +5,7 @@ import importlib.util
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -142,6 +143,24 @@ def test_ranks_equal_one_process(worlds, alone, world, name):
     assert 0.02 < clipped < 0.9
     assert expected["metrics"]["grad_norm"] > 2 * 0.5  # the limit
     assert expected["metrics"]["updates"] == 4
+
+
+@pytest.mark.parametrize(
+    ("name", "without"),
+    [
+        ("eq5_entropic", {"method": "plain", "method_options": {}}),
+        ("eq5_entropic", {"aggregation": "kept_tokens"}),
+        ("gspo", {"policy": "ppo_clip", "policy_options": {}}),
+        ("gspo", {"aggregation": "token_mean"}),
+    ],
+    ids=["entropic", "eq5", "gspo", "seq_mean_token_mean"],
+)
+def test_what_a_case_is_named_for_is_in_its_gradient(folder, alone, name, without):
+    setting = sharded_rank.config(folder, name, 512, whole=True)
+    setting = replace(setting, loss=replace(setting.loss, **without))
+    batch = torch.load(folder / "batch.pt", weights_only=True)
+    gradients = sharded_rank.results(setting, Ranks(), batch)["gradients"]
+    assert all(apart(value, alone[name]["gradients"][key]) > 0.02 for key, value in gradients.items())
 
 
 def test_a_sharded_head_is_never_multiplied_by_a_plain_tensor(worlds):
