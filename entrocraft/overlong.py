@@ -23,7 +23,8 @@ def overlong_penalty(length_R: Tensor, *, limit: int, buffer: int, factor: float
     Raises:
         ValueError: not 0 < buffer <= limit, or factor not finite and >= 0.
 
-    Source: Yu et al., DAPO (arXiv 2503.14476), section 3.4; its example is 20,480, 4,096 and 1.
+    Source: Yu et al., DAPO (arXiv 2503.14476), section 3.4, up to the limit; its example is 20,480, 4,096 and 1. Beyond
+    the limit as verl has it; TRL stays at -factor there.
     """
     if not 0 < buffer <= limit:
         raise ValueError(f"buffer = {buffer!r}, limit = {limit!r}: expected 0 < buffer <= limit, such as 4096 of 20480")
