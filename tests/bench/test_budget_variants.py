@@ -21,52 +21,54 @@ from entrocraft.verdict import RuleInputs, check_verdict  # noqa: E402
 R = 24
 
 
-def _inputs(seed: int, share: float, direction: int = 1) -> RuleInputs:
-    """A batch whose predicted change is to become that share of what all adverse rollouts together would leave."""
+def _inputs(seed: int, share: float, direction: int = 1) -> tuple[RuleInputs, np.ndarray]:
+    """A batch of which that share of the change of all adverse rollouts is to go; and its D, a rollout each."""
     draw = np.random.default_rng(seed)
     rollout_T = np.repeat(np.arange(R), draw.integers(1, 9, R))
     change_T = draw.standard_normal(len(rollout_T))
     change_R = per_rollout(change_T, rollout_T, R)
-    return RuleInputs(
+    inputs = RuleInputs(
         direction=direction, want=float(change_R.sum() - share * change_R[change_R > 0].sum()), rollout_T=rollout_T,
         mask_T=np.ones(len(rollout_T), dtype=bool), group_R=np.arange(R) // 4, sample_R=np.arange(R) % 4,
         advantage_R=draw.standard_normal(R), reward_R=None, change_T=change_T, change_R=change_R, seed=0, step=0,
     )  # fmt: skip
+    return inputs, change_R
 
 
 @pytest.mark.parametrize("share", [0.1, 0.5, 0.9])
 def test_a_part_of_the_last_rollout_meets_what_is_wanted(share: float) -> None:
     for seed in range(20):
-        inputs = _inputs(seed, share)
+        inputs, change_R = _inputs(seed, share)
         whole, part = budget()(inputs), fractional()(inputs)
         check_verdict(part, inputs, fractional())
         (last,) = np.flatnonzero(part.keep_R != whole.keep_R)
+        assert part.weight_R is not None
         assert 0 <= part.weight_R[last] < 1
         assert np.delete(part.weight_R, last).min() == 1
-        assert (inputs.change_R * part.weight_R)[part.keep_R].sum() == pytest.approx(inputs.want, abs=1e-9)
-    beyond = _inputs(0, 1.5)  # out of reach: nothing adverse is left, and nothing is kept in part
+        assert (change_R * part.weight_R)[part.keep_R].sum() == pytest.approx(inputs.want, abs=1e-9)
+    beyond, change_R = _inputs(0, 1.5)  # out of reach: nothing adverse is left, and nothing is kept in part
     assert fractional()(beyond).weight_R is None
-    np.testing.assert_array_equal(fractional()(beyond).keep_R, beyond.change_R <= 0)
+    np.testing.assert_array_equal(fractional()(beyond).keep_R, change_R <= 0)
 
 
 @pytest.mark.parametrize("share", [0.1, 0.5, 0.9])
 def test_by_change_per_token_as_much_is_rejected_as_is_needed_and_fewer_tokens(share: float) -> None:
     tokens = {"ours": 0, "by rollouts": 0}
     for seed in range(20):
-        inputs = _inputs(seed, share)
+        inputs, change_R = _inputs(seed, share)
         verdict = per_token()(inputs)
         check_verdict(verdict, inputs, per_token())
-        density_R = inputs.change_R / per_rollout(inputs.mask_T, inputs.rollout_T, R)
+        density_R = change_R / per_rollout(inputs.mask_T, inputs.rollout_T, R)
         assert density_R[verdict.keep_R].max() < density_R[~verdict.keep_R].min()
-        kept, least = inputs.change_R[verdict.keep_R].sum(), np.argmin(np.where(verdict.keep_R, np.inf, density_R))
-        assert kept <= inputs.want < kept + inputs.change_R[least]
+        kept, least = change_R[verdict.keep_R].sum(), np.argmin(np.where(verdict.keep_R, np.inf, density_R))
+        assert kept <= inputs.want < kept + change_R[least]
         for name, one in (("ours", verdict), ("by rollouts", budget()(inputs))):
             tokens[name] += int((~one.keep_R[inputs.rollout_T]).sum())
     assert tokens["ours"] < tokens["by rollouts"]
 
 
 def test_inside_the_band_a_dead_band_keeps_everything() -> None:
-    inside, outside = (_inputs(1, 0.5, direction) for direction in (0, 1))
+    (inside, _), (outside, _) = (_inputs(1, 0.5, direction) for direction in (0, 1))
     assert dead_band()(inside).keep_R.all()
     assert dead_band()(inside).keep_T is None
     np.testing.assert_array_equal(dead_band()(outside).keep_T, budget(level="token")(outside).keep_T)
