@@ -1,6 +1,8 @@
 """Batches with exact statistics, for tests that need a policy but no model."""
 
+import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
@@ -8,6 +10,8 @@ import torch
 from torch import Tensor
 
 from entrocraft import Decision, EntropyController, TokenStats, advantages
+
+sys.path.insert(0, str(Path(__file__).parent))  # for combinations
 
 
 def _stats(logits_TV: Tensor, token_T: Tensor, temperature: float | Tensor = 1.0) -> TokenStats:

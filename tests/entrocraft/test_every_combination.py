@@ -1,93 +1,60 @@
 """Every rule with every advantage and every loss: what is kept, what is predicted, what is learnt.
 
-One ragged batch in fp64, away from the policy that drew it, with an empty rollout, one of which nothing counts, one
-without a verdict, a prompt of one rollout and prompts whose rollouts all agree. The policy losses and the rules are
-written out a second time below, in NumPy; slopes are central differences in the logits. What a loss takes for a
-constant (GSPO's mean, CISPO's weight) stands still in the differences. Methods that add to PPO's loss, or change what
-goes into it, are written out in `test_methods.py`; here their gradient is the slope of their own value.
+The policy losses and the rules are written out a second time below, in NumPy; slopes are central differences in the
+logits. What a loss takes for a constant (GSPO's mean, CISPO's weight) stands still in the differences. Methods that add
+to PPO's loss, or change what goes into it, are written out in `test_methods.py`; here their gradient is the slope of
+their own value.
 """
 
 import math
 from collections.abc import Callable, Iterator
-from functools import cache
 from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
 import torch
+from combinations import (
+    BASE,
+    ENTROPY_SLOPE_TV,
+    GAIN,
+    GROUP_R,
+    LOGITS_TV,
+    MASK_T,
+    METHOD_NAMES,
+    METHOD_OPTIONS,
+    METHOD_STATES,
+    NUDGED_LOGP,
+    OLD,
+    PAID_FOR_ENTROPY,
+    REWARD_R,
+    ROLLOUT,
+    ROLLOUT_T,
+    RULES,
+    SAMPLE_R,
+    SEED,
+    SHIFT,
+    STATS,
+    STEP,
+    TEMPERATURE,
+    H,
+    R,
+    T,
+    V,
+    asked,
+    combinations,
+    decision_on,
+    estimate_of,
+    everything_kept,
+    objective_of,
+    slope_of,
+    stats_at,
+)
 from torch import Tensor
 
-from entrocraft import (
-    EntropyController,
-    PolicyObjective,
-    TokenStats,
-    advantages,
-    corrections,
-    methods,
-    rules,
-    schedules,
-)
-from entrocraft.decision import Decision
-from entrocraft.methods import METHODS, Plain, State, Tokens, make_objective
+from entrocraft import EntropyController, advantages, corrections, rules, schedules
+from entrocraft.methods import METHODS
 from entrocraft.prediction import predicted_entropy_change
-from entrocraft.surrogates import LOSSES, build_loss
-
-V, TEMPERATURE, SHIFT, STEP, SEED, GAIN, H = 7, 0.8, 0.2, 5, 3, 10.0, 1e-6
-
-_DRAW = torch.Generator().manual_seed(23)
-GROUP_R = torch.tensor([4] * 6 + [0] * 6 + [9] * 5 + [2] + [7] * 4 + [5] * 4)
-_NONE = math.nan  # no verdict
-REWARD_R = torch.tensor([1.0, -1, -1, 1, -1, -1, 1, 1, 1, 1, 1, -1, -1, 1, _NONE, -1, 1, 1, 1, 1, 1, 1, -1, -1, -1, -1])
-R = len(GROUP_R)
-SAMPLE_R = torch.cat([torch.arange(n) for n in (6, 6, 5, 1, 4, 4)])
-LENGTH_R = torch.randint(1, 8, (R,), generator=_DRAW)
-LENGTH_R[8] = 0
-ROLLOUT_T = torch.repeat_interleave(torch.arange(R), LENGTH_R)
-ROLLOUT, T = ROLLOUT_T.numpy(), len(ROLLOUT_T)
-MASK_T = (torch.rand(T, generator=_DRAW) < 0.85) & (ROLLOUT_T != 13)
-LOGITS_TV = 1.5 * torch.randn(T, V, generator=_DRAW, dtype=torch.float64)
-TOKEN_T = torch.multinomial(LOGITS_TV.softmax(-1), 1, generator=_DRAW)[:, 0]
-# A third of the rollouts on policy, a third within GSPO's narrow clips, a third beyond every clip here and there.
-_DRIFT_R = torch.tensor([0.0, 2e-4, 0.5], dtype=torch.float64)[torch.arange(R) % 3]
-_NOISE_T = torch.randn(T, generator=_DRAW, dtype=torch.float64)
-
-RULES: dict[str, rules.Rule] = {
-    "none": rules.none(),
-    "soft": rules.soft(gamma=1.5),
-    "soft_expected": rules.soft_expected(gamma=1.5),
-    "hard": rules.hard(),
-    "switch": rules.switch(),
-    "first_order": rules.first_order(),
-    "first_order token": rules.first_order(level="token"),
-    "budget": rules.budget(),
-    "budget token": rules.budget(level="token"),
-    "group_scale hard": corrections.group_scale(rule="hard", smooth=False),
-    "group_scale soft": corrections.group_scale(rule=rules.soft(gamma=1.5), smooth=False),
-    "tempered soft": corrections.tempered(rule=rules.soft(gamma=1.5), kappa=0.5, w_max=3.0),
-    "tempered soft_expected": corrections.tempered(rule=rules.soft_expected(gamma=1.5), kappa=0.5, w_max=3.0),
-}
-
-# In a state in which each acts, with constants by which it finds tokens to act on in so small a batch.
-METHOD_STATES: dict[str, State] = {
-    "adaptive_bonus": {"used": 0.2},
-    "aent": {"coefficient": 0.2},
-    "entropic": {"alpha": 0.5},
-    "entropic_parity": {"alpha": 0.5},
-    "repo_r": {"zeta": 0.03},
-    "polarity": {"phase": 0.7},
-    "adaptive_clip": {"clip_high": 5e-5},
-    "flexible_clip": {"upper_share": 0.0, "lower_share": 1.0},
-}
-METHOD_OPTIONS: dict[str, dict[str, float]] = {
-    "entropy_bonus": {"coefficient": 0.3},
-    "entropic": {"threshold": 0.2},
-    "clip_cov": {"fraction": 0.1, "lower": 0.05},
-    "kl_cov": {"fraction": 0.2},
-    "clip_b": {"mu": 0.3},
-    "clip_v": {"mu": 1.0, "most": 0.1},
-}
-PAID_FOR_ENTROPY = ("entropy_bonus", "adaptive_bonus", "aent")
-METHOD_NAMES = [name for name in METHODS if name != "plain"]
+from entrocraft.surrogates import LOSSES
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -97,92 +64,6 @@ def _one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
-
-
-def _stats(logits_TV: Tensor) -> TokenStats:
-    logp_TV = torch.log_softmax(logits_TV / TEMPERATURE, -1)
-    p_TV = logp_TV.exp()
-    return TokenStats(
-        logprob_T=logp_TV.gather(1, TOKEN_T[:, None])[:, 0],
-        entropy_T=-(p_TV * logp_TV).sum(-1),
-        lse_T=torch.logsumexp(logits_TV / TEMPERATURE, -1),
-        p2_T=p_TV.square().sum(-1).detach(),
-        p2logp_T=(p_TV.square() * logp_TV).sum(-1).detach(),
-    )
-
-
-STATS = _stats(LOGITS_TV)
-OLD_T = STATS.logprob_T - _DRIFT_R[ROLLOUT_T] * _NOISE_T
-BASE, OLD = STATS.logprob_T.numpy(), OLD_T.numpy()
-
-
-class Estimate(NamedTuple):
-    """Advantages of one estimator, and the tokens that it leaves in the batch."""
-
-    advantage_R: Tensor
-    mask_T: Tensor
-
-    @property
-    def entropy(self) -> float:
-        return float(STATS.entropy_T[self.mask_T].mean())
-
-
-@cache
-def _estimate(name: str) -> Estimate:
-    estimator: Any = advantages.build(name)
-    counted_R = torch.bincount(ROLLOUT_T[MASK_T], minlength=R)
-    advantage_R = estimator(REWARD_R, GROUP_R, counted_R)
-    member_R = advantages.members(estimator, REWARD_R, GROUP_R)
-    return Estimate(advantage_R, MASK_T if member_R is None else MASK_T & member_R[ROLLOUT_T])
-
-
-def _objective(
-    loss: str, advantage_R: Tensor, mask_T: Tensor, keep_T: Tensor | None, aggregation: str = "token_mean"
-) -> PolicyObjective:
-    tokens = Tokens(
-        stats=STATS, old_logprob_T=OLD_T, advantage_T=advantage_R[ROLLOUT_T], mask_T=mask_T, rollout_T=ROLLOUT_T,
-        group_R=GROUP_R, keep_T=keep_T,
-    )  # fmt: skip
-    if loss in LOSSES:
-        return make_objective(Plain(loss_fn=build_loss(loss)), tokens, {}, aggregation=aggregation)
-    method = methods.build(loss, **METHOD_OPTIONS.get(loss, {}))
-    return make_objective(method, tokens, METHOD_STATES.get(loss, {}), aggregation=aggregation)
-
-
-def _everything(loss: str, estimate: Estimate) -> Callable[[Tensor], Tensor]:
-    """The scalar loss of the whole batch with everything kept, as a function of the log-probabilities."""
-    objective = _objective(loss, estimate.advantage_R, estimate.mask_T, None)
-    return lambda logprob_T: objective(logprob_T, STATS.entropy_T, slice(0, T))
-
-
-@cache
-def _decision(loss: str, advantage: str, rule: str, direction: int) -> Decision:
-    estimate = _estimate(advantage)
-    schedule = schedules.constant(estimate.entropy - SHIFT * direction)
-    controller = EntropyController(
-        schedule, RULES[rule], seed=SEED, width=0.02, initial_gain=GAIN,
-        min_kept_fraction=0.0, min_groups=0, min_authority=0.0,
-    )  # fmt: skip
-    decision = controller.decide(
-        step=STEP, stats=STATS, rollout_T=ROLLOUT_T, group_R=GROUP_R, advantage_R=estimate.advantage_R,
-        reward_R=REWARD_R, mask_T=estimate.mask_T, sample_R=SAMPLE_R, loss_fn=_everything(loss, estimate),
-        temperature=TEMPERATURE,
-    )  # fmt: skip
-    assert decision.direction == direction
-    return decision
-
-
-def _asked() -> Iterator[tuple[str, int]]:
-    """Advantage and direction; inside the band, where the sign rules do nothing, with one advantage."""
-    for advantage in advantages.ADVANTAGES:
-        yield from ((advantage, direction) for direction in (-1, 1))
-    yield "grpo", 0
-
-
-def _combinations(loss: str) -> Iterator[tuple[str, str, int, Decision]]:
-    for advantage, direction in _asked():
-        for rule in RULES:
-            yield advantage, rule, direction, _decision(loss, advantage, rule, direction)
 
 
 # The losses once more.
@@ -241,30 +122,11 @@ WRITTEN_OUT: dict[str, Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray
 }
 
 
-def _nudged() -> tuple[np.ndarray, np.ndarray]:
-    """Log-probability and entropy of each token, `[2, V, T]`, with one logit of its row H lower and H higher."""
-    logits = LOGITS_TV.numpy() + np.array([-H, H])[:, None, None, None] * np.eye(V)[None, :, None, :]
-    logits = logits / TEMPERATURE
-    logp = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
-    return logp[..., np.arange(T), TOKEN_T.numpy()], -(np.exp(logp) * logp).sum(-1)
-
-
-NUDGED_LOGP, NUDGED_ENTROPY = _nudged()
-
-
-def _slope(value: np.ndarray) -> np.ndarray:
-    """`[T, V]`: central difference of each token's value in each logit of its row."""
-    return ((value[1] - value[0]) / (2 * H)).T
-
-
-ENTROPY_SLOPE_TV = _slope(NUDGED_ENTROPY)
-
-
 def _loss_slope(loss: str, advantage_R: Tensor, mask_T: Tensor, keep_T: Tensor) -> np.ndarray:
     """Of the token mean of the loss written out, `[T, V]`."""
     a_T, counted = advantage_R.double().numpy()[ROLLOUT], mask_T.numpy()
     weight_T = counted * keep_T.numpy() / counted.sum()
-    return weight_T[:, None] * _slope(WRITTEN_OUT[loss](NUDGED_LOGP, a_T, counted))
+    return weight_T[:, None] * slope_of(WRITTEN_OUT[loss](NUDGED_LOGP, a_T, counted))
 
 
 # The rules once more.
@@ -336,8 +198,8 @@ def _verdict(rule: str, case: Case) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _case(loss: str, advantage: str, direction: int) -> Case:
-    estimate = _estimate(advantage)
-    change_T = predicted_entropy_change(STATS, _everything(loss, estimate), temperature=TEMPERATURE).numpy()
+    estimate = estimate_of(advantage)
+    change_T = predicted_entropy_change(STATS, everything_kept(loss, estimate), temperature=TEMPERATURE).numpy()
     return Case(
         m=direction,
         a_R=estimate.advantage_R.double().numpy(),
@@ -359,10 +221,10 @@ def test_nothing_is_left_out() -> None:
 @pytest.mark.parametrize("loss", LOSSES)
 def test_the_prediction_is_that_of_the_loss(loss: str) -> None:
     for advantage in advantages.ADVANTAGES:
-        estimate = _estimate(advantage)
+        estimate = estimate_of(advantage)
         slope_TV = _loss_slope(loss, estimate.advantage_R, estimate.mask_T, torch.ones(T, dtype=torch.bool))
         expected_T = -(slope_TV * ENTROPY_SLOPE_TV).sum(-1)
-        change_T = predicted_entropy_change(STATS, _everything(loss, estimate), temperature=TEMPERATURE).numpy()
+        change_T = predicted_entropy_change(STATS, everything_kept(loss, estimate), temperature=TEMPERATURE).numpy()
         size = np.abs(change_T).max()
         assert np.isfinite(change_T).all()
         assert size > 1e-4, advantage
@@ -376,15 +238,15 @@ def test_the_prediction_is_that_of_the_loss(loss: str) -> None:
 def test_the_prediction_is_that_of_the_method(method: str) -> None:
     # One logit of a row, times its slope of entropy, is one log-probability: a token's is moved by what its V logits
     # together would, all tokens at once with a number c of their own, and the loss must move by sum of c D.
-    moves_T = (_slope(NUDGED_LOGP) * ENTROPY_SLOPE_TV).sum(-1)
+    moves_T = (slope_of(NUDGED_LOGP) * ENTROPY_SLOPE_TV).sum(-1)
     base, nothing = torch.from_numpy(BASE), 0
     for advantage in advantages.ADVANTAGES:
-        loss_fn = _everything(method, _estimate(advantage))
+        loss_fn = everything_kept(method, estimate_of(advantage))
         change_T = predicted_entropy_change(STATS, loss_fn, temperature=TEMPERATURE).numpy()
         size, plain = np.abs(change_T).sum(), _case("ppo_clip", advantage, 1).change_T
         assert np.isfinite(change_T).all()
         assert size > 1e-3, advantage
-        assert not change_T[~_estimate(advantage).mask_T.numpy()].any(), advantage
+        assert not change_T[~estimate_of(advantage).mask_T.numpy()].any(), advantage
         nothing += np.array_equal(change_T, plain)
         for seed in range(3):
             c_T = np.random.default_rng(seed).standard_normal(T)
@@ -400,12 +262,12 @@ def test_every_gradient_is_the_slope_of_its_method(method: str) -> None:
     line_TV = torch.randn(T, V, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     logits_TV = LOGITS_TV.clone().requires_grad_()
     here, before, after = (
-        _stats(moved_TV) for moved_TV in (logits_TV, LOGITS_TV - H * line_TV, LOGITS_TV + H * line_TV)
+        stats_at(moved_TV) for moved_TV in (logits_TV, LOGITS_TV - H * line_TV, LOGITS_TV + H * line_TV)
     )
     rejected = 0
-    for advantage, rule, direction, decision in _combinations(method):
-        mask_T, what = _estimate(advantage).mask_T, (advantage, rule, direction)
-        objective = _objective(method, decision.advantage_R, mask_T, decision.keep_T)
+    for advantage, rule, direction, decision in combinations(method):
+        mask_T, what = estimate_of(advantage).mask_T, (advantage, rule, direction)
+        objective = objective_of(method, decision.advantage_R, mask_T, decision.keep_T)
         value, low, high = (objective(stats.logprob_T, stats.entropy_T, slice(0, T)) for stats in (here, before, after))
         of_policy_T, of_entropy_T = torch.autograd.grad(
             value, (here.logprob_T, here.entropy_T), retain_graph=True, allow_unused=True
@@ -426,10 +288,10 @@ def test_every_gradient_is_the_slope_of_its_method(method: str) -> None:
 @pytest.mark.parametrize("loss", [*LOSSES, *METHOD_NAMES])
 def test_every_decision_is_the_definition_of_its_rule(loss: str) -> None:
     partial = dict.fromkeys(RULES, 0)
-    for advantage, direction in _asked():
+    for advantage, direction in asked():
         case = _case(loss, advantage, direction)
         for rule in RULES:
-            decision, what = _decision(loss, advantage, rule, direction), f"{advantage} {rule} {direction}"
+            decision, what = decision_on(loss, advantage, rule, direction), f"{advantage} {rule} {direction}"
             keep, a_R = _verdict(rule, case)
             keep_T = keep if "token" in rule else keep[ROLLOUT]
             useful = bool((keep & case.counted_T).any() if "token" in rule else keep.any())
@@ -446,10 +308,10 @@ def test_every_decision_is_the_definition_of_its_rule(loss: str) -> None:
 @pytest.mark.parametrize("loss", LOSSES)
 def test_every_gradient_is_that_of_the_loss_written_out(loss: str) -> None:
     logits_TV = LOGITS_TV.clone().requires_grad_()
-    stats, rejected = _stats(logits_TV), 0
-    for advantage, rule, direction, decision in _combinations(loss):
-        mask_T, what = _estimate(advantage).mask_T, f"{advantage} {rule} {direction}"
-        value = _objective(loss, decision.advantage_R, mask_T, decision.keep_T)(
+    stats, rejected = stats_at(logits_TV), 0
+    for advantage, rule, direction, decision in combinations(loss):
+        mask_T, what = estimate_of(advantage).mask_T, f"{advantage} {rule} {direction}"
+        value = objective_of(loss, decision.advantage_R, mask_T, decision.keep_T)(
             stats.logprob_T, stats.entropy_T, slice(0, T)
         )
         (gradient_TV,) = torch.autograd.grad(value, logits_TV, retain_graph=True)
@@ -467,13 +329,13 @@ def test_whole_rollouts_under_the_mean_of_sequences_have_the_gradient_of_their_v
     line_TV = torch.randn(T, V, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     logits_TV = LOGITS_TV.clone().requires_grad_()
     here, before, after = (
-        _stats(moved_TV) for moved_TV in (logits_TV, LOGITS_TV - H * line_TV, LOGITS_TV + H * line_TV)
+        stats_at(moved_TV) for moved_TV in (logits_TV, LOGITS_TV - H * line_TV, LOGITS_TV + H * line_TV)
     )
-    for advantage, rule, direction, decision in _combinations(loss):
+    for advantage, rule, direction, decision in combinations(loss):
         if "token" in rule:
             continue
-        mask_T = _estimate(advantage).mask_T
-        objective = _objective(loss, decision.advantage_R, mask_T, decision.keep_T, "seq_mean_token_mean")
+        mask_T = estimate_of(advantage).mask_T
+        objective = objective_of(loss, decision.advantage_R, mask_T, decision.keep_T, "seq_mean_token_mean")
         value, low, high = (objective(stats.logprob_T, stats.entropy_T, slice(0, T)) for stats in (here, before, after))
         (gradient_TV,) = torch.autograd.grad(value, logits_TV, retain_graph=True)
         slope, expected = float(high - low) / (2 * H), float((gradient_TV * line_TV).sum())
@@ -484,5 +346,5 @@ def test_what_rejects_for_certain_has_no_chance_to_divide_by() -> None:
     tempered = corrections.tempered(rule="hard", kappa=0.5)
     with pytest.raises(ValueError, match="gives no chance of being kept"):
         EntropyController(schedules.constant(1.0), tempered).decide(
-            step=0, stats=STATS, rollout_T=ROLLOUT_T, group_R=GROUP_R, advantage_R=_estimate("grpo").advantage_R
+            step=0, stats=STATS, rollout_T=ROLLOUT_T, group_R=GROUP_R, advantage_R=estimate_of("grpo").advantage_R
         )
