@@ -59,8 +59,9 @@ class budget:
 
     level: "sequence" rejects rollouts, "token" single tokens, which reaches further: the two signs are mixed within
     most rollouts. max_weight: >= 1; at 1 nothing is weighed. Experimental above 1: meant to meet jumps of the schedule
-    sooner. With 4, by tokens, it is `budget_weighed` in bench/results/entropy_tracking/table.md (one seed): on the line
-    and the cosine no nearer to the schedule than without; jumps, measured at an earlier commit alone, it met no sooner.
+    sooner. With 4, by tokens, it is `budget_weighed` in bench/results/entropy_tracking/table.md: on falling curves (two
+    seeds) no nearer to the schedule than without; on the other curves (one seed) nearer on the wave and in the only run
+    that met the step up, further on a constant and the step in the other regime.
     Entropy: as near to the schedule as first order and the batch
     allow, in both directions. Source: this project.
     """
