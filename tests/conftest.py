@@ -54,7 +54,10 @@ def _modules_of_this_test(tmp_path_factory: pytest.TempPathFactory) -> Iterator[
     """Rewards that a test wrote and imported: the next may write others of the same name, and would be given these."""
     yield
     written = str(tmp_path_factory.getbasetemp()) + os.sep
-    for name, module in list(sys.modules.items()):
+    for (
+        name,
+        module,
+    ) in sys.modules.copy().items():  # a copy in one piece: while tuples are made, a finaliser may import
         if str(getattr(module, "__file__", None)).startswith(written):
             del sys.modules[name]
 

@@ -38,7 +38,8 @@ def test_values_and_gradients(device, monkeypatch, T, V, block, dtype, options):
     ]
     assert results[0][-1].dtype == dtype
     assert [value.requires_grad for value in results[0][:8]] == [True] * 3 + [False] * 5
-    for name, *triple in zip([*TokenStats.__slots__, "gradient"], *results, strict=True):
+    names = [name for name in TokenStats.__slots__ if name != "clamped_entropy_T"]  # which no op of these gives
+    for name, *triple in zip([*names, "gradient"], *results, strict=True):
         assert_no_worse_than_torch(*triple, floor=1e-6, name=name)
 
 

@@ -185,10 +185,10 @@ def test_nan_in_hidden_skips_that_step_and_the_next_one_learns(work, monkeypatch
     training.begin(None)
     score = training.policy.score
 
-    def poisoned_score(*arguments):
+    def poisoned_score(*arguments, **options):
         norm = training.policy.model.model.norm
         with norm.register_forward_hook(lambda module, inputs, output: output * float("nan")):
-            return score(*arguments)
+            return score(*arguments, **options)
 
     def weights():
         return torch.cat([p.detach().flatten() for p in training.policy.model.parameters()])
