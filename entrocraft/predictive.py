@@ -62,8 +62,7 @@ class budget:
     sooner. With 4, by tokens, it is `budget_weighed` in bench/results/entropy_tracking/table.md: on falling curves (two
     seeds) no nearer to the schedule than without; on the other curves (one seed) nearer on the wave and in the only run
     that met the step up, further on a constant and the step in the other regime.
-    Entropy: as near to the schedule as first order and the batch
-    allow, in both directions. Source: this project.
+    Entropy: as near to the schedule as first order and the batch allow, in both directions. Source: this project.
     """
 
     level: str = "sequence"

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from acting_methods import OPTIONS, STATES
 from torch import Tensor
 
 from entrocraft import (
@@ -62,24 +63,10 @@ RULES: dict[str, rules.Rule] = {
     "tempered soft_expected": corrections.tempered(rule=rules.soft_expected(gamma=1.5), kappa=0.5, w_max=3.0),
 }
 
-# In a state in which each acts, with constants by which it finds tokens to act on in so small a batch.
-METHOD_STATES: dict[str, State] = {
-    "adaptive_bonus": {"used": 0.2},
-    "aent": {"coefficient": 0.2},
-    "entropic": {"alpha": 0.5},
-    "entropic_parity": {"alpha": 0.5},
-    "repo_r": {"zeta": 0.03},
-    "polarity": {"phase": 0.7},
+# Most of the batch is on policy or far off it: clips that bind between are narrow, or another line.
+METHOD_STATES: dict[str, State] = STATES | {
     "adaptive_clip": {"clip_high": 5e-5},
     "flexible_clip": {"upper_share": 0.0, "lower_share": 1.0},
-}
-METHOD_OPTIONS: dict[str, dict[str, float]] = {
-    "entropy_bonus": {"coefficient": 0.3},
-    "entropic": {"threshold": 0.2},
-    "clip_cov": {"fraction": 0.1, "lower": 0.05},
-    "kl_cov": {"fraction": 0.2},
-    "clip_b": {"mu": 0.3},
-    "clip_v": {"mu": 1.0, "most": 0.1},
 }
 PAID_FOR_ENTROPY = ("entropy_bonus", "adaptive_bonus", "aent")
 METHOD_NAMES = [name for name in METHODS if name != "plain"]
@@ -131,7 +118,7 @@ def objective_of(
     )  # fmt: skip
     if loss in LOSSES:
         return make_objective(Plain(loss_fn=build_loss(loss)), tokens, {}, aggregation=aggregation)
-    method = methods.build(loss, **METHOD_OPTIONS.get(loss, {}))
+    method = methods.build(loss, **OPTIONS.get(loss, {}))
     return make_objective(method, tokens, METHOD_STATES.get(loss, {}), aggregation=aggregation)
 
 

@@ -21,10 +21,10 @@ from combinations import (
     LOGITS_TV,
     MASK_T,
     METHOD_NAMES,
-    METHOD_OPTIONS,
     METHOD_STATES,
     NUDGED_LOGP,
     OLD,
+    OPTIONS,
     PAID_FOR_ENTROPY,
     REWARD_R,
     ROLLOUT,
@@ -214,7 +214,7 @@ def test_nothing_is_left_out() -> None:
     assert {name.split()[0] for name in RULES} == set(rules.RULES)
     assert set(WRITTEN_OUT) == set(LOSSES)
     assert not set(LOSSES) & set(METHODS)
-    assert {*METHOD_STATES, *METHOD_OPTIONS, *PAID_FOR_ENTROPY} <= set(METHOD_NAMES)
+    assert {*METHOD_STATES, *OPTIONS, *PAID_FOR_ENTROPY} <= set(METHOD_NAMES)
     assert not MASK_T[torch.isin(ROLLOUT_T, torch.tensor([8, 13]))].any()
 
 

@@ -5,6 +5,7 @@ from itertools import pairwise
 
 import pytest
 import torch
+from acting_methods import STATES
 from torch import Tensor
 
 from entrocraft import PPOClip, TokenStats, methods
@@ -231,17 +232,6 @@ def test_what_has_no_target_raises_entropy(name, arguments):
         for method in (methods.build(name, **arguments), methods.build("plain"))
     )
     assert steered > plain + 1e-3
-
-
-STATES = {
-    "adaptive_bonus": {"used": 0.2},
-    "aent": {"coefficient": 0.2},
-    "entropic": {"alpha": 0.5},
-    "entropic_parity": {"alpha": 0.5},
-    "repo_r": {"zeta": 0.03},
-    "polarity": {"phase": 0.7},
-    "adaptive_clip": {"clip_high": 0.1},
-}
 
 
 @pytest.mark.parametrize("name", ["plain", "entropy_bonus", "repo", *STATES])

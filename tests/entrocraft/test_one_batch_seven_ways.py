@@ -11,6 +11,7 @@ from itertools import chain
 
 import pytest
 import torch
+from acting_methods import OPTIONS, STATES
 from torch import Tensor
 
 from entrocraft import PolicyObjective, TokenStats, methods, token_weights
@@ -36,26 +37,6 @@ KEEP_T = (torch.rand(T, generator=_DRAW) < 0.8) & (ROLLOUT_T != 6)
 IMPORTANCE_T = torch.rand(T, generator=_DRAW) + 0.5
 # Half the rollouts hardly moved, within GSPO's clips; none stands where |log-ratio| has its kink.
 DRIFT_T = torch.tensor([1e-4, 0.3], dtype=torch.float64)[ROLLOUT_T % 2] * torch.randn(T, generator=_DRAW)
-
-STATES: dict[str, State] = {
-    "adaptive_bonus": {"used": 0.2},
-    "aent": {"coefficient": 0.2},
-    "entropic": {"alpha": 0.5},
-    "entropic_parity": {"alpha": 0.5},
-    "repo_r": {"zeta": 0.03},
-    "polarity": {"phase": 0.7},
-    "adaptive_clip": {"clip_high": 0.1},
-    "flexible_clip": {"upper_share": 0.4, "lower_share": 0.7},
-}
-# So that they find tokens to act on in a small batch.
-OPTIONS: dict[str, dict[str, float]] = {
-    "entropy_bonus": {"coefficient": 0.3},
-    "entropic": {"threshold": 0.2},
-    "clip_cov": {"fraction": 0.1, "lower": 0.05},
-    "kl_cov": {"fraction": 0.2},
-    "clip_b": {"mu": 0.3},
-    "clip_v": {"mu": 1.0, "most": 0.1},
-}
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -1,33 +1,29 @@
 """Methods in the trainer: gradients against a plain loop, in any micro-batch, and scored again where that counts."""
 
 import dataclasses
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 
-from entrocraft import Decision
-from entrocraft.kernels import clamped_entropy
-from entrocraft.methods import METHODS
-from entrocraft.train.config import BatchConfig, Config, LossConfig, OptimizerConfig, SamplingConfig
-from entrocraft.train.config_model import TinyModelConfig
-from entrocraft.train.control import build_method
-from entrocraft.train.policy import Policy
-from entrocraft.train.sampling import HuggingFaceEngine
-from entrocraft.train.step import Learning, accumulate, make_share, update
-from entrocraft.train.tiny_model import build_tiny_model
+sys.path.insert(0, str(Path(__file__).parents[1] / "entrocraft"))
+
+from acting_methods import STATES  # noqa: E402
+
+from entrocraft import Decision  # noqa: E402
+from entrocraft.kernels import clamped_entropy  # noqa: E402
+from entrocraft.methods import METHODS  # noqa: E402
+from entrocraft.train.config import BatchConfig, Config, LossConfig, OptimizerConfig, SamplingConfig  # noqa: E402
+from entrocraft.train.config_model import TinyModelConfig  # noqa: E402
+from entrocraft.train.control import build_method  # noqa: E402
+from entrocraft.train.policy import Policy  # noqa: E402
+from entrocraft.train.sampling import HuggingFaceEngine  # noqa: E402
+from entrocraft.train.step import Learning, accumulate, make_share, update  # noqa: E402
+from entrocraft.train.tiny_model import build_tiny_model  # noqa: E402
 
 PROMPTS = [(5, 6, 7), (9, 10), (30, 31, 32, 33)]
 GROUP, ALL = 4, torch.ones(12, dtype=torch.bool)
-STATES = {
-    "adaptive_bonus": {"used": 0.2},
-    "aent": {"coefficient": 0.2},
-    "entropic": {"alpha": 0.5},
-    "entropic_parity": {"alpha": 0.5},
-    "repo_r": {"zeta": 0.03},
-    "polarity": {"phase": 0.7},
-    "adaptive_clip": {"clip_high": 0.1},
-    "flexible_clip": {"upper_share": 1.0, "lower_share": 0.5},
-}
 
 
 def _learning(method="plain", *, state=None, aggregation="token_mean", updates=1, policy="ppo_clip", **options):
