@@ -9,18 +9,18 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "entrocraft"))
 
-from acting_methods import STATES  # noqa: E402
+from acting_methods import STATES
 
-from entrocraft import Decision  # noqa: E402
-from entrocraft.kernels import clamped_entropy  # noqa: E402
-from entrocraft.methods import METHODS  # noqa: E402
-from entrocraft.train.config import BatchConfig, Config, LossConfig, OptimizerConfig, SamplingConfig  # noqa: E402
-from entrocraft.train.config_model import TinyModelConfig  # noqa: E402
-from entrocraft.train.control import build_method  # noqa: E402
-from entrocraft.train.policy import Policy  # noqa: E402
-from entrocraft.train.sampling import HuggingFaceEngine  # noqa: E402
-from entrocraft.train.step import Learning, accumulate, make_share, update  # noqa: E402
-from entrocraft.train.tiny_model import build_tiny_model  # noqa: E402
+from entrocraft import Decision
+from entrocraft.kernels import clamped_entropy
+from entrocraft.methods import METHODS
+from entrocraft.train.config import BatchConfig, Config, LossConfig, OptimizerConfig, SamplingConfig
+from entrocraft.train.config_model import TinyModelConfig
+from entrocraft.train.control import build_method
+from entrocraft.train.policy import Policy
+from entrocraft.train.sampling import HuggingFaceEngine
+from entrocraft.train.step import Learning, accumulate, make_share, update
+from entrocraft.train.tiny_model import build_tiny_model
 
 PROMPTS = [(5, 6, 7), (9, 10), (30, 31, 32, 33)]
 GROUP, ALL = 4, torch.ones(12, dtype=torch.bool)
