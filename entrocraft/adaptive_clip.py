@@ -4,11 +4,11 @@ import math
 from dataclasses import dataclass, replace
 
 from entrocraft.losses import PPOClip
-from entrocraft.methods import PPO_CLIP, Signal, State, Terms, Tokens, check_target
+from entrocraft.methods import PPO_CLIP, MethodBase, Signal, State, Terms, Tokens, check_target
 
 
 @dataclass(frozen=True, kw_only=True)
-class AdaptiveClip:
+class AdaptiveClip(MethodBase):
     """clip_high <- clip(clip_high * factor^sign(target - H), minimum, maximum), once a step.
 
     Aggregation: any. Entropy: a wider upper clip lets rare tokens of good rollouts rise further, which raises it; a
@@ -28,9 +28,6 @@ class AdaptiveClip:
     minimum: float = 0.1
     maximum: float = 0.5
     loss_fn: PPOClip = PPO_CLIP
-    needs_current = False
-    needs_collision = False
-    clamped_share = 0.0
 
     def __post_init__(self) -> None:
         check_target(self.target)

@@ -3,7 +3,7 @@
 import math
 from dataclasses import dataclass
 
-from entrocraft.methods import PPO_CLIP, Signal, State, Stateless, Terms, Tokens, check_target, target_of
+from entrocraft.methods import PPO_CLIP, MethodBase, Signal, State, Stateless, Terms, Tokens, check_target, target_of
 from entrocraft.objective import LossFn
 from entrocraft.prediction import entropy_discriminator
 
@@ -35,7 +35,7 @@ class REPO(Stateless):
 
 
 @dataclass(frozen=True, kw_only=True)
-class REPOR:
+class REPOR(MethodBase):
     """REPO-R: the advantage rescaled by the log-probability, and zeta steered towards a target.
 
         A > 0:  A' = max(A (1 - zeta log p(y)), 0)         A < 0:  A' = min(A (1 + zeta log p(y)), 0)
@@ -58,8 +58,6 @@ class REPOR:
     adaptive: bool = True
     loss_fn: LossFn = PPO_CLIP
     needs_current = True
-    needs_collision = False
-    clamped_share = 0.0
 
     def __post_init__(self) -> None:
         check_target(self.target)
@@ -93,7 +91,7 @@ class REPOR:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Polarity:
+class Polarity(MethodBase):
     """A' = A (1 + strength phi sign(D)): tokens that move entropy the wanted way weigh more, the others less.
 
         phi = clip((target - H) / target, -1, 1)        D = -A (S_y - S_bar)       (`prediction`)
@@ -111,7 +109,6 @@ class Polarity:
     loss_fn: LossFn = PPO_CLIP
     needs_current = True
     needs_collision = True
-    clamped_share = 0.0
 
     def __post_init__(self) -> None:
         check_target(self.target)

@@ -6,12 +6,12 @@ from dataclasses import dataclass
 
 import torch
 
-from entrocraft.methods import PPO_CLIP, UNCLIPPED, Signal, State, Terms, Tokens, check_target, target_of
+from entrocraft.methods import PPO_CLIP, UNCLIPPED, MethodBase, Signal, State, Terms, Tokens, check_target, target_of
 from entrocraft.objective import LossFn, Term
 
 
 @dataclass(frozen=True, kw_only=True)
-class Entropic:
+class Entropic(MethodBase):
     """Likely tokens are weighed 1 + alpha where A > 0 and 1 - alpha where A < 0, alpha from a PI controller on H.
 
         e = H - target        alpha = clip(kp e + ki I, -1, 1)        I <- I + e, once a step, unless clamped
@@ -35,8 +35,6 @@ class Entropic:
     threshold: float = 0.95
     loss_fn: LossFn = PPO_CLIP
     needs_current = True
-    needs_collision = False
-    clamped_share = 0.0
 
     def __post_init__(self) -> None:
         check_target(self.target)
@@ -62,7 +60,7 @@ class Entropic:
 
 
 @dataclass(frozen=True, kw_only=True)
-class EntropicParity:
+class EntropicParity(MethodBase):
     """EntroPIC as the released code of arXiv 2604.26326 runs it as a rival: another algorithm.
 
         alpha = I + kp e,  then  I <- I + ki e        A' = A + alpha |A|   on every token
@@ -79,9 +77,6 @@ class EntropicParity:
     kp: float = 1.0
     ki: float = 0.01
     loss_fn: LossFn = PPO_CLIP
-    needs_current = False
-    needs_collision = False
-    clamped_share = 0.0
 
     def __post_init__(self) -> None:
         check_target(self.target)

@@ -3,7 +3,7 @@
 import math
 from dataclasses import dataclass
 
-from entrocraft.methods import PPO_CLIP, Signal, State, Stateless, Terms, Tokens, check_target, target_of
+from entrocraft.methods import PPO_CLIP, MethodBase, Signal, State, Stateless, Terms, Tokens, check_target, target_of
 from entrocraft.objective import LossFn
 
 
@@ -31,7 +31,7 @@ class EntropyBonus(Stateless):
 
 
 @dataclass(frozen=True, kw_only=True)
-class AdaptiveBonus:
+class AdaptiveBonus(MethodBase):
     """An entropy bonus whose coefficient c moves by `delta` a step, and which is paid only below the target.
 
         L = L_policy - used * mean entropy
@@ -52,9 +52,6 @@ class AdaptiveBonus:
     minimum: float = 0.0
     maximum: float = 1.0
     loss_fn: LossFn = PPO_CLIP
-    needs_current = False
-    needs_collision = False
-    clamped_share = 0.0
 
     def __post_init__(self) -> None:
         check_target(self.target)

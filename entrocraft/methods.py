@@ -139,12 +139,16 @@ class Method(Protocol):
     def terms(self, tokens: Tokens, state: State, /) -> Terms: ...
 
 
-class Stateless:
-    """Base of the methods that steer by nothing, and look at nothing but advantages."""
+class MethodBase:
+    """Base of a method, with what it reads beside the advantages: nothing, unless it says otherwise."""
 
     needs_current: bool = False
     needs_collision: bool = False
     clamped_share: float = 0.0
+
+
+class Stateless(MethodBase):
+    """Base of the methods that steer by nothing."""
 
     def observe(self, state: State, signal: Signal, /) -> State:
         """No state: returns what it was given."""

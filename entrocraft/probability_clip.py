@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from entrocraft.losses import LOG_RATIO_LIMIT, checked_log_ratio
-from entrocraft.methods import Signal, State, Terms, Tokens
+from entrocraft.methods import MethodBase, Signal, State, Terms, Tokens
 
 SCHEDULES = ("id", "did", "od")
 
@@ -91,7 +91,7 @@ PROBABILITY_CLIP = ProbabilityClip()
 
 
 @dataclass(frozen=True, kw_only=True)
-class FlexibleClip:
+class FlexibleClip(MethodBase):
     """Which of the two lines of `ProbabilityClip` is in force over the run: up first, then down, or by the entropy.
 
     With k the step, S the steps of the run, lam = 1 - 2 k / S, and shares of the upper and the lower line:
@@ -110,9 +110,6 @@ class FlexibleClip:
 
     schedule: str = "id"
     clip: ProbabilityClip = PROBABILITY_CLIP
-    needs_current = False
-    needs_collision = False
-    clamped_share = 0.0
 
     def __post_init__(self) -> None:
         if self.schedule not in SCHEDULES:
