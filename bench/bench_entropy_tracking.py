@@ -9,7 +9,7 @@ On the demo's task, where one prompt has many right answers, or with `--task add
 
 Same warm start, prompts and number of rollouts for all methods of a seed; one process and one thread a run. Each
 finished run is one line of `runs.jsonl` with both curves, so that stopping loses the runs in progress and no others.
-`tracking_cases.py` says what each method and curve is, `tracking_report.py` what a run is judged by.
+`tracking_cases.py` says what each method and curve is, `tracking_runs.py` what a run is judged by.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ CONFIG = BENCH.parent / "train" / "configs" / "demo.yaml"
 def run_case(case: Case, scratch: Path, model: Path, data: tuple[Path, Path], steps: int | None) -> dict[str, Any]:
     """Trains one case in this process; returns its name, settings and judgement. Its folder is gone afterwards."""
     import torch
-    from tracking_report import judge
+    from tracking_runs import judge
 
     from entrocraft.train.config_reader import load_config
     from entrocraft.train.metrics import read_metrics
@@ -79,7 +79,7 @@ def run_grid(
     cases: list[Case], out: Path, scratch: Path, *, jobs: int, steps: int | None, warm_start_steps: int | None
 ) -> int:
     """Runs what is not in `out/runs.jsonl` yet, of cases of one task; returns how many failed."""
-    from tracking_report import read_runs
+    from tracking_runs import read_runs
 
     from entrocraft.train.demo import provenance
 

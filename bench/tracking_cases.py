@@ -141,6 +141,10 @@ VARIANTS: dict[str, tuple[str, ...]] = {
     "try_per_token": ("--entropy.rule=budget_variants:per_token",),
     "try_fractional": ("--entropy.rule=budget_variants:fractional",),
     "try_dead_band": ("--entropy.rule=budget_variants:dead_band", "--entropy.width=0.01"),
+    "try_shuffled": ("--entropy.rule=budget_variants:shuffled",),
+    "try_by_group": ("--entropy.rule=budget_variants:by_group",),
+    "try_all_or_nothing": ("--entropy.rule=budget_variants:all_or_nothing",),
+    "try_narrow": ("--entropy.rule=first_order", "--entropy.level=token", "--entropy.width=0.01"),
     "try_group_scale": ("--entropy.rule=group_scale", "--entropy.rule_options={rule: {name: budget, level: token}}"),
     "try_refill": ("--entropy.rule=budget", "--entropy.level=token", "--refill.zero_variance=refill"),
 }

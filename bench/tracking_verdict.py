@@ -5,19 +5,17 @@ A row says in words what its numbers, beside it, allow; `THRESHOLDS` is where a 
 
 from __future__ import annotations
 
-from typing import Any
-
 from tracking_cases import OWN, REGIMES, TARGETED
+from tracking_runs import Means, event
 
 # Mean |entropy - target| of a curve, nats, up to which a method is said to do it, in both regimes.
 THRESHOLDS = {"level": 0.04, "line": 0.02, "half_cosine": 0.02, "wave": 0.04}
 FALLING = ("line", "half_cosine")
 COLUMNS = [
     *("method", "reaches a target", "follows a curve", "any advantage", "error: level", "error: line", "error: cosine"),
-    *("error: wave", "error: step", "settles down", "settles up", "reward", "accuracy", "distinct right of 8"),
+    *("error: wave", "error: step", "settles down", "settles up", "reward", "distinct right of 8"),
+    *("second task: error", "reward there"),
 ]
-
-Means = dict[str, dict[str, Any]]
 
 
 def does(table: Means, method: str, curves: tuple[str, ...]) -> bool | None:
@@ -72,9 +70,10 @@ def method_table(table: Means) -> str | None:
         )
         words += [_pair(table, name, curve, "error", 3) for curve in ("level", *FALLING, "wave")]
         words += [_pair(table, name, "step_down_up", "error", 3)]
-        words += [_pair(table, name, "step_down_up", way, 0) for way in ("down", "up")]
-        words += [_pair(table, name, "line", column, 2) for column in ("final_reward", "accuracy")]
-        words += [_pair(table, name, "line", "distinct", 1)]
+        words += [_settles(table, name, way) for way in ("down", "up")]
+        words += [_pair(table, name, "line", "final_reward", 2), _pair(table, name, "line", "distinct", 1)]
+        there = f"addition-{name}"
+        words += [_pair(table, there, "line", "error", 3), _pair(table, there, "line", "final_reward", 2)]
         rows.append(words)
     filled = [column for column in zip(*rows, strict=True) if any(column[1:])]
     head, *rest = ["| " + " | ".join(words) + " |" for words in zip(*filled, strict=True)]
@@ -91,10 +90,16 @@ def method_table(table: Means) -> str | None:
 
 
 def _pair(table: Means, method: str, curve: str, column: str, digits: int) -> str:
-    """A column's means in both regimes; empty where the curve was not run, "never" if any seed did not settle."""
+    """A column's means in both regimes; empty where the curve was not run."""
     rows = [table.get(f"{method}-{curve}-{regime}") for regime in REGIMES]
     if all(row is None for row in rows):
         return ""
-    return " / ".join(
-        "-" if row is None else "never" if row["never"].get(column) else f"{row[column]:.{digits}f}" for row in rows
-    )
+    return " / ".join("-" if row is None else f"{row[column]:.{digits}f}" for row in rows)
+
+
+def _settles(table: Means, method: str, way: str) -> str:
+    """Steps to settle in both regimes, and in how many of the seeds; empty where the step was not run."""
+    rows = [table.get(f"{method}-step_down_up-{regime}") for regime in REGIMES]
+    if all(row is None for row in rows):
+        return ""
+    return " / ".join("-" if row is None else event(row, way) for row in rows)

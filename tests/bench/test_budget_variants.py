@@ -1,6 +1,7 @@
 """The forms of `budget` that were tried: each against its sentence, on random batches."""
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +10,7 @@ import pytest
 BENCH = Path(__file__).parents[2] / "bench"
 sys.path.insert(0, str(BENCH))
 
-from budget_variants import dead_band, fractional, per_token  # noqa: E402
+from budget_variants import all_or_nothing, by_group, dead_band, fractional, per_token, shuffled  # noqa: E402
 from tracking_cases import VARIANTS, Case  # noqa: E402
 
 from entrocraft.batch import per_rollout  # noqa: E402
@@ -72,6 +73,76 @@ def test_inside_the_band_a_dead_band_keeps_everything() -> None:
     assert dead_band()(inside).keep_R.all()
     assert dead_band()(inside).keep_T is None
     np.testing.assert_array_equal(dead_band()(outside).keep_T, budget(level="token")(outside).keep_T)
+
+
+def _by_name(inputs: RuleInputs, keep_T: np.ndarray | None) -> dict[tuple[int, int, int], bool]:
+    """Whether a token was kept, by group, sample and position."""
+    assert keep_T is not None
+    rollout_T = inputs.rollout_T
+    position_T = np.arange(len(rollout_T)) - np.searchsorted(rollout_T, rollout_T)
+    names = zip(inputs.group_R[rollout_T], inputs.sample_R[rollout_T], position_T, strict=True)
+    return dict(zip(names, keep_T, strict=True))
+
+
+@pytest.mark.parametrize("share", [0.1, 0.5, 0.9])
+def test_in_a_drawn_order_as_much_goes_as_is_needed_and_no_kind_of_token_always(share: float) -> None:
+    rejected = {"ours": 0, "most adverse first": 0}
+    for seed in range(20):
+        inputs, _ = _inputs(seed, share)
+        assert inputs.change_T is not None
+        verdict = shuffled()(inputs)
+        check_verdict(verdict, inputs, shuffled())
+        assert verdict.keep_T is not None
+        assert inputs.change_T[~verdict.keep_T].min() > 0  # the whole batch ends too high
+        kept = inputs.change_T[verdict.keep_T].sum()
+        assert kept <= inputs.want < kept + inputs.change_T[~verdict.keep_T].max()
+        for name, one in (("ours", verdict), ("most adverse first", budget(level="token")(inputs))):
+            assert one.keep_T is not None
+            rejected[name] += int((~one.keep_T).sum())
+        later = shuffled()(replace(inputs, step=1))
+        assert (later.keep_T != verdict.keep_T).any()
+    assert rejected["ours"] > rejected["most adverse first"]
+    # The same tokens go if the rollouts stand in another order.
+    inputs, _ = _inputs(0, share)
+    assert inputs.change_T is not None
+    turned_T = np.concatenate([np.flatnonzero(inputs.rollout_T == r) for r in reversed(range(R))])
+    turned = replace(
+        inputs, rollout_T=R - 1 - inputs.rollout_T[turned_T], change_T=inputs.change_T[turned_T],
+        group_R=inputs.group_R[::-1], sample_R=inputs.sample_R[::-1], advantage_R=inputs.advantage_R[::-1],
+    )  # fmt: skip
+    assert _by_name(turned, shuffled()(turned).keep_T) == _by_name(inputs, shuffled()(inputs).keep_T)
+
+
+@pytest.mark.parametrize("share", [0.1, 0.5, 0.9])
+def test_prompts_lose_all_that_is_adverse_or_nothing(share: float) -> None:
+    for seed in range(20):
+        inputs, _ = _inputs(seed, share)
+        verdict = by_group()(inputs)
+        check_verdict(verdict, inputs, by_group())
+        assert verdict.keep_T is not None
+        assert inputs.change_T is not None
+        adverse_T, group_T = inputs.change_T > 0, inputs.group_R[inputs.rollout_T]
+        lost = {g: inputs.change_T[(group_T == g) & ~verdict.keep_T].sum() for g in np.unique(group_T)}
+        for group, sum_of_lost in lost.items():
+            whole = inputs.change_T[(group_T == group) & adverse_T].sum()
+            assert sum_of_lost == 0 or sum_of_lost == pytest.approx(whole, rel=1e-12)
+        kept = inputs.change_T[verdict.keep_T].sum()
+        assert kept <= inputs.want < kept + max(lost.values())
+
+
+def test_all_that_is_adverse_goes_or_nothing_whichever_ends_nearer() -> None:
+    kinds = set()
+    for share in (0.1, 0.5, 0.9, 1.5, 2.5):
+        inputs, _ = _inputs(3, share)
+        verdict = all_or_nothing()(inputs)
+        check_verdict(verdict, inputs, all_or_nothing())
+        assert verdict.keep_T is not None
+        assert inputs.change_T is not None
+        total, least = inputs.change_T.sum(), inputs.change_T[inputs.change_T <= 0].sum()
+        nearer = least if abs(least - inputs.want) < abs(total - inputs.want) else total
+        assert inputs.change_T[verdict.keep_T].sum() == pytest.approx(nearer, abs=1e-12)
+        kinds.add(bool(verdict.keep_T.all()))
+    assert kinds == {True, False}
 
 
 @pytest.mark.parametrize("name", VARIANTS)
