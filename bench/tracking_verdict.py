@@ -78,15 +78,18 @@ def method_table(table: Means) -> str | None:
     filled = [column for column in zip(*rows, strict=True) if any(column[1:])]
     head, *rest = ["| " + " | ".join(words) + " |" for words in zip(*filled, strict=True)]
     lines = [head, "|---" * len(filled) + "|", *rest]
-    seeds = sorted({row["seeds"] for row in table.values() if row["task"] == "sums"})
-    counted = (
-        f"{seeds[0]} seed"
-        if seeds[-1] == 1
-        else f"{seeds[0]} to {seeds[-1]} seeds"
-        if seeds[1:]
-        else f"{seeds[0]} seeds"
+    shown = [row for row in table.values() if row["method"] in whole and row["schedule"] != "too_high"]
+    counts = [sorted({row["seeds"] for row in shown if row["task"] == task}) for task in ("sums", "addition")]
+    means = f"Means over {_counted(counts[0])}" + (
+        f", of the second task over {_counted(counts[1])}" if counts[1] else ""
     )
-    return "\n".join([*lines, "", f"Means over {counted}; one pass / re-used batches.", ""])
+    return "\n".join([*lines, "", f"{means}; one pass / re-used batches.", ""])
+
+
+def _counted(seeds: list[int]) -> str:
+    """`1 seed`, `3 seeds`, `1 to 3 seeds`."""
+    range_of = f"{seeds[0]} to {seeds[-1]}" if seeds[1:] else f"{seeds[0]}"
+    return f"{range_of} seed" + ("" if seeds[-1] == 1 else "s")
 
 
 def _pair(table: Means, method: str, curve: str, column: str, digits: int) -> str:

@@ -23,6 +23,8 @@ class first_order:
     level: "sequence" judges a rollout by the sum D over its tokens; "token" judges each token by its own.
     A = 0 has D = 0 and always passes. D is that of the loss with everything kept (see `budget`). Entropy: moves
     towards the band by construction, with all there is; far out of band it may keep a few per cent of the rollouts.
+    By tokens, on curves that fall, it gave up least reward of all that was measured for the same error
+    (bench/results/entropy_tracking/table.md): inside the band it rejects nothing.
     Source: this project.
     """
 
@@ -59,9 +61,9 @@ class budget:
 
     level: "sequence" rejects rollouts, "token" single tokens, which reaches further: the two signs are mixed within
     most rollouts. max_weight: >= 1; at 1 nothing is weighed. Experimental above 1: meant to meet jumps of the schedule
-    sooner. With 4, by tokens, it is `budget_weighed` in bench/results/entropy_tracking/table.md: on falling curves (two
-    seeds) no nearer to the schedule than without; on the other curves (one seed) nearer on the wave and in the only run
-    that met the step up, further on a constant and the step in the other regime.
+    sooner. With 4, by tokens, it is `budget_weighed` in bench/results/entropy_tracking/table.md: over three seeds no
+    nearer to falling curves than without, nearer on the wave, further on a constant with re-used batches; the only
+    form that met the step up in every seed, on one pass.
     Entropy: as near to the schedule as first order and the batch allow, in both directions. Source: this project.
     """
 
