@@ -72,7 +72,8 @@ class shuffled:
 
     def __call__(self, inputs: RuleInputs) -> Verdict:
         adverse_T, short = _adverse(inputs)
-        adverse = _named(inputs)[adverse_T[_named(inputs)]]
+        named = _named(inputs)
+        adverse = named[adverse_T[named]]
         adverse = adverse[_order(inputs, len(adverse))]
         gained = np.cumsum(np.abs(_token_changes(inputs)[adverse]), dtype=np.float64)
         keep_T = np.ones(len(adverse_T), dtype=bool)

@@ -136,7 +136,7 @@ TARGETED: dict[str, tuple[str, ...]] = {
 }
 # Of these, this project's; the others are published.
 OWN = ("first_order", "first_order_token", "budget", "budget_token", "budget_weighed")
-# Forms of `budget` that were tried beside it, on falling curves, run where they are asked for by name.
+# Forms of this project's rules that were tried on falling curves, run where they are asked for by name.
 VARIANTS: dict[str, tuple[str, ...]] = {
     "try_per_token": ("--entropy.rule=budget_variants:per_token",),
     "try_fractional": ("--entropy.rule=budget_variants:fractional",),

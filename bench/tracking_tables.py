@@ -8,7 +8,7 @@ from collections import defaultdict
 from collections.abc import Iterable
 from typing import Any
 
-from tracking_cases import FREE, OWN, TARGETED, TASKS
+from tracking_cases import FREE, OWN, TARGETED, TASKS, VARIANTS
 from tracking_runs import COLUMNS, EVENTS, Means, Run, event, final_reward
 
 FALLING = ("line", "half_cosine")
@@ -104,7 +104,7 @@ def paired(runs: Iterable[Run]) -> str:
     standard errors."""
     of_case: dict[tuple[Any, ...], dict[str, Run]] = defaultdict(dict)
     for run in runs:
-        if run["schedule"] in FALLING and run["method"] in TARGETED:
+        if run["schedule"] in FALLING and run["method"] not in FREE:
             of_case[*panel_of(run), run["seed"]][run["method"]] = run
     lines = [
         f"### Against `{REFERENCE}` on falling curves, pair by pair", "",
@@ -114,7 +114,7 @@ def paired(runs: Iterable[Run]) -> str:
     for task in TASKS:
         cases = [case for key, case in of_case.items() if key[0] == task and REFERENCE in case]
         rows = []
-        for method in TARGETED:
+        for method in TARGETED | VARIANTS:
             pairs = [(case[method], case[REFERENCE]) for case in cases if method in case]
             if method == REFERENCE or len(pairs) < 2:
                 continue
