@@ -16,7 +16,8 @@ class REPO(Stateless):
     from the sampled token. log p and H are those of the policy that is about to change, without gradient. Aggregation:
     any. Entropy: up for beta > 0, without a set-point.
 
-    Experimental: the paper's text was not at hand; the formula is from notes on it. Source: arXiv 2603.11682.
+    Experimental: the paper's text was not at hand; the formula is from notes on it, and the default beta, of which they
+    say nothing, is ours. Source: arXiv 2603.11682.
     """
 
     beta: float = 0.003

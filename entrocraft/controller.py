@@ -242,11 +242,16 @@ def _decision(
     batch: Batch, aim: Aim, judgement: Judgement, metrics: dict[str, float], device: torch.device
 ) -> Decision:
     verdict = judgement.verdict
-    keep_T = verdict.keep_R[batch.rollout_T] if verdict.keep_T is None else verdict.keep_T
-    advantage_R = verdict.advantage_R if verdict.weight_R is None else verdict.advantage_R * verdict.weight_R
+    keep_R, keep_T, advantage_R = verdict.keep_R, verdict.keep_T, verdict.advantage_R
+    if verdict.weight_R is not None:  # a weight of 0 is a rejection, and looks like any other
+        weighs_R = verdict.weight_R != 0
+        advantage_R = np.where(weighs_R, advantage_R * verdict.weight_R, advantage_R)
+        keep_R, keep_T = keep_R & weighs_R, None if keep_T is None else keep_T & weighs_R[batch.rollout_T]
+    if keep_T is None:
+        keep_T = keep_R[batch.rollout_T]
     return Decision(
         keep_T=torch.from_numpy(keep_T).to(device),
-        keep_R=torch.from_numpy(verdict.keep_R).to(device),
+        keep_R=torch.from_numpy(keep_R).to(device),
         advantage_R=torch.from_numpy(advantage_R).float().to(device),
         direction=aim.direction,
         bypassed=judgement.bypassed,

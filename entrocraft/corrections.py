@@ -1,9 +1,9 @@
 """Rules that wrap a rule and weigh what it keeps: what a filter does to the policy gradient, undone in part.
 
 Both leave the wrapped rule's choice (keep_R, keep_T, advantage_R) as it is and set `weight_R`, which multiplies the
-loss of each rollout. a_i is the share of rollout i's loss that the wrapped rule lets through: its chance of being
-kept where the rule draws, else 1 or 0; times its weight, if it has one; where single tokens are judged, the share of
-its counted tokens that is kept.
+advantage of each rollout, and so its loss where that is proportional to it (`Verdict.weight_R`). a_i is the share of
+rollout i's loss that the wrapped rule lets through: its chance of being kept where the rule draws, else 1 or 0; times
+its weight, if it has one; where single tokens are judged, the share of its counted tokens that is kept.
 """
 
 import math
@@ -33,6 +33,9 @@ class group_scale:
     of every prompt is the unfiltered one, exactly. It raises the weight of rare signs, so the variance. Entropy: the
     filter then steers it only through clipping, re-used batches and noise. A prompt without advantage has c_x = 1, one
     of which nothing passes 0.
+
+    Aggregation: `seq_mean_token_sum`, the sums of the equation; under `token_mean` the same but for the length of the
+    rollouts. One whose denominator counts what is kept (`eq5`, `kept_tokens`) scales a second time.
 
     rule: a `Rule`, or the name of one, or a mapping with its "name" and arguments.
     c_max: >= 1, the largest c_x; inf for no limit.
@@ -100,6 +103,9 @@ class tempered:
         that rejects for certain (`hard`) a = 0 and the weight is not defined.
     kappa: in [0, 1]. w_max: >= 1. self_normalised: divide by the mean of w over all rollouts, the rejected included,
         so that weights average 1.
+
+    Aggregation: one whose denominator is that of the whole batch, as `token_mean`; else the weights are not relative to
+    what was drawn from.
 
     Experimental: derived here, measured in no published run. Source: this project.
     """

@@ -1,16 +1,15 @@
 """Clip-Cov and KL-Cov: hold back the few tokens whose advantage and log-probability go together most.
 
-    c_t = (A_t - mean A) (log p_t - mean log p)         means over the tokens of the update that count
+    c_t = (A_t - mean A) (log p_t - mean log p)         means over the tokens of the update in the mask
 
 Under a softmax the change of entropy in a policy gradient step is minus the covariance of advantage and log-probability
 (`prediction` has it exactly), so the tokens with the largest c are those that lower it most. log p is that of the
 policy that is about to change. The published code takes mean and selection inside each micro-batch; here they are the
-update's, so that no split changes the result.
+update's, so that no split changes the result; and those of all its tokens, whatever a rule rejects, so that what one
+token contributes does not depend on which others are rejected.
 
-The constants of the two, in three spellings. The authors' scripts: `k_percent = 0.2` for KL-Cov, which their code
-divides by 100, a fraction of 2e-3; penalty 1; `clip_ratio = 2e-4` for Clip-Cov, with bounds 1 and 5. verl's defaults:
-`kl_cov_ratio = 2e-4`, a tenth of theirs, and `ppo_kl_coef = 0.1` in its configuration (1.0 in the function). Here
-`fraction` is always the plain share of the tokens.
+The constants come in three spellings, the authors', verl's configuration and verl's functions, which the classes name;
+here `fraction` is always the plain share of the tokens.
 """
 
 import math
@@ -33,10 +32,13 @@ class ClipCov(Stateless):
 
         c_t = (A_t - mean A) (log p_t - mean log p)
 
-    Their number is max(1, int(fraction * counted tokens)), or all there are. The draw depends on (seed, step) and the
-    tokens alone. Aggregation: `token_mean`, in whose denominator they stay. Entropy: falls more slowly; no set-point.
+    Their number is max(1, int(fraction * tokens in the mask)), or all there are. The draw depends on (seed, step) and
+    the tokens alone.
 
-    fraction: in (0, 1]. lower < upper: of c. loss_fn: the authors clip at 1 on both sides, verl without a dual clip.
+    Aggregation: `token_mean`, in whose denominator they stay. Entropy: falls more slowly; no set-point.
+
+    fraction: in (0, 1]; 2e-4 in the authors' code (`clip_ratio`) and in verl (`clip_cov_ratio`). lower < upper: of c.
+    loss_fn: the authors clip at 1 on both sides, verl without a dual clip.
     Source: Cui et al. (arXiv 2505.22617), section 4; the authors' code and verl's.
     """
 
@@ -54,10 +56,10 @@ class ClipCov(Stateless):
     def terms(self, tokens: Tokens, state: State, /) -> Terms:
         """The policy loss without the gradient of the tokens that were drawn."""
         covariance_T = covariances(tokens)
-        candidate_T = (covariance_T > self.lower) & (covariance_T < self.upper) & _counted(tokens)
+        candidate_T = (covariance_T > self.lower) & (covariance_T < self.upper) & tokens.mask_T
         candidate_T &= ~_clipped(self.loss_fn, tokens)
         candidates = candidate_T.nonzero()[:, 0]
-        count = max(1, int(self.fraction * int(_counted(tokens).sum())))
+        count = max(1, int(self.fraction * int(tokens.mask_T.sum())))
         order = np.random.default_rng([tokens.seed, tokens.step]).permutation(len(candidates))[:count]
         gradient_T = torch.ones_like(tokens.mask_T)
         gradient_T[candidates[torch.from_numpy(order).to(candidates.device)]] = False
@@ -68,7 +70,7 @@ class ClipCov(Stateless):
 class KLCov(Stateless):
     """Add coefficient |logprob - old_logprob| to the loss of the tokens with the largest c; nothing is clipped.
 
-        l = -r A  (+ coefficient |logprob - old_logprob| on the max(1, int(fraction * counted tokens)) largest c)
+        l = -r A  (+ coefficient |logprob - old_logprob| on the max(1, int(fraction * tokens in the mask)) largest c)
 
     At the first update after sampling both log-probabilities agree, and where they do to the last bit the penalty's
     gradient is 0 (that of |.| at 0). Where the update scores tokens in other micro-batches or by other kernels than
@@ -76,7 +78,9 @@ class KLCov(Stateless):
     pressure. It acts where a batch is used again. Aggregation: any, the penalty being a part of the same mean.
     Entropy: falls more slowly; no set-point.
 
-    fraction: in (0, 1]; the authors' 2e-3. coefficient: finite, >= 0; the authors' 1. Source: as `ClipCov`: Cui et al.
+    fraction: in (0, 1]; the authors' 2e-3, which their scripts spell `k_percent = 0.2`, per cent; verl's `kl_cov_ratio`
+    is 2e-4, a tenth of it. coefficient: finite, >= 0; the authors' 1; verl's `ppo_kl_coef` is 0.1 in its configuration
+    and 1 in its function. Source: as `ClipCov`: Cui et al.
     (arXiv 2505.22617), the authors' code and verl's.
     """
 
@@ -91,9 +95,8 @@ class KLCov(Stateless):
 
     def terms(self, tokens: Tokens, state: State, /) -> Terms:
         """Unclipped policy gradient, and the penalty on the chosen tokens."""
-        counted_T = _counted(tokens)
-        covariance_T = covariances(tokens).masked_fill(~counted_T, -math.inf)
-        counted = int(counted_T.sum())
+        covariance_T = covariances(tokens).masked_fill(~tokens.mask_T, -math.inf)
+        counted = int(tokens.mask_T.sum())
         chosen_T = torch.zeros_like(tokens.advantage_T)
         if counted:
             chosen_T[covariance_T.topk(max(1, int(counted * self.fraction))).indices] = self.coefficient
@@ -102,12 +105,11 @@ class KLCov(Stateless):
 
 
 def covariances(tokens: Tokens) -> Tensor:
-    """c_T of the equation above, without gradient; meaningless outside of the tokens that count."""
-    counted_T = _counted(tokens)
+    """c_T of the equation above, without gradient; meaningless outside of the mask."""
     logprob_T, advantage_T = tokens.stats.logprob_T.detach(), tokens.advantage_T
 
     def centred(value_T: Tensor) -> Tensor:
-        return value_T - value_T[counted_T].double().mean().to(value_T.dtype)
+        return value_T - value_T[tokens.mask_T].double().mean().to(value_T.dtype)
 
     return centred(advantage_T) * centred(logprob_T)
 
@@ -115,10 +117,6 @@ def covariances(tokens: Tokens) -> Tensor:
 def absolute_log_ratio(logprob_N: Tensor, old_logprob_N: Tensor, advantage_N: Tensor) -> Tensor:
     """|logprob - old_logprob|, differentiable with respect to the first; the advantage is not looked at."""
     return (logprob_N - old_logprob_N.detach()).abs()
-
-
-def _counted(tokens: Tokens) -> Tensor:
-    return tokens.mask_T if tokens.keep_T is None else tokens.mask_T & tokens.keep_T
 
 
 def _clipped(loss_fn: LossFn, tokens: Tokens) -> Tensor:

@@ -17,7 +17,8 @@ class Entropic(MethodBase):
         e = H - target        alpha = clip(kp e + ki I, -1, 1)        I <- I + e, once a step, unless clamped
         L = L_policy + alpha * mean over the counted tokens with p(y) > threshold of (-r |A|)
 
-    Aggregation: any for L_policy; the second term is not clipped, and its mean is over its own tokens alone. Entropy:
+    Aggregation: any for L_policy; the second term is not clipped, and its mean is over its own tokens alone: all of
+    them, also those that a rule rejects, which are 0 in its sum. Importance weights multiply both terms. Entropy:
     too high, alpha > 0, likely tokens gain mass and entropy falls; too low, the other way round. Here alpha moves once
     a step, not at each optimizer update, and is the same on every rank; the authors compute one a micro-batch and rank
     from that one's entropy, so that theirs depends on the split, and their integral moves at each update. Ours stands
@@ -52,9 +53,12 @@ class Entropic(MethodBase):
 
     def terms(self, tokens: Tokens, state: State, /) -> Terms:
         """The policy loss, and the term on the likely tokens."""
-        counted_T = tokens.mask_T if tokens.keep_T is None else tokens.mask_T & tokens.keep_T
-        likely_T = counted_T & (tokens.stats.logprob_T > math.log(self.threshold) if self.threshold else counted_T)
+        likely_T = tokens.mask_T
+        if self.threshold:
+            likely_T = likely_T & (tokens.stats.logprob_T > math.log(self.threshold))
         weight_T = likely_T.float() * (state["alpha"] / max(int(likely_T.sum()), 1))
+        for factor_T in (tokens.keep_T, tokens.importance_T):
+            weight_T = weight_T if factor_T is None else weight_T * factor_T
         extra = Term(loss_fn=UNCLIPPED, advantage_T=tokens.advantage_T.abs(), weight_T=weight_T)
         return Terms(loss_fn=self.loss_fn, advantage_T=tokens.advantage_T, mask_T=tokens.mask_T, extra=(extra,))
 

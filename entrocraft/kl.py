@@ -1,6 +1,7 @@
 """Estimates of KL(pi || ref) from the log-probability of the sampled token, Schulman's three and their corrections.
 
-All are penalties, one number a token, with d = ref_logprob - logprob and the token drawn from pi.
+All are penalties, one number a token, with d = ref_logprob - logprob and the token drawn from pi. Aggregation: that of
+the loss they are added to.
 """
 
 import torch

@@ -74,8 +74,10 @@ class Tokens:
     stats: log-probability, entropy and, where a method asks for them, collision statistics, of the current policy.
     old_logprob_T: under the policy at the start of the step; equal to stats.logprob_T in the first update.
     advantage_T: fp32. mask_T: bool, tokens the policy chose. rollout_T: int64, non-decreasing. group_R: int64.
-    keep_T: bool, False where a rule has rejected a token. importance_T: what each token's loss is multiplied by, such
-        as the weights of `importance`; None: 1. step, seed: what a draw may depend on.
+    keep_T: bool, False where a rule has rejected a token, which is then out of the sums; a method counts and chooses by
+        the mask, so that what one token contributes does not depend on which others are rejected.
+    importance_T: what each token's loss is multiplied by, such as the weights of `importance`; None: 1.
+    step, seed: what a draw may depend on.
     """
 
     stats: TokenStats

@@ -64,7 +64,8 @@ class PolicyObjective:
     extra: Sequence[Term] = ()
     """Further terms, of single tokens."""
     clamped_share: float = 0.0
-    """Above 0, the entropy that is to be given is that of `kernels.clamped_entropy` with this share (AEnt)."""
+    """Above 0, the entropy that is to be given is that of `kernels.clamped_entropy` with this share (AEnt), which
+    `linear_policy_loss` does not have and so refuses."""
     _ends: tuple[int, ...] = field(init=False, repr=False, default=())
 
     def __post_init__(self) -> None:

@@ -21,7 +21,7 @@ class first_order:
     """Accept when `m D <= 0`: above the band what lowers entropy to first order, below it what raises it.
 
     level: "sequence" judges a rollout by the sum D over its tokens; "token" judges each token by its own.
-    A = 0 has D = 0 and always passes. D is that of the loss with everything kept (see `budget`). Entropy: moves
+    A = 0 has D = 0 and always passes. Aggregation: any but `losses.KEPT_DENOMINATORS`, as for `budget`. Entropy: moves
     towards the band by construction, with all there is; far out of band it may keep a few per cent of the rollouts.
     By tokens, of all that came within 0.015 nats of curves that fall, it gave up least reward
     (bench/results/entropy_tracking/table.md): inside the band it rejects nothing.
@@ -48,16 +48,16 @@ class budget:
     most positive first until P(K) <= want. Equal ones go in the order of (group, sample, position). It looks
     at neither the band nor the sign of an advantage, and A = 0 (D = 0) is never rejected.
 
-    With max_weight > 1, where nothing adverse is left and P(K), of the sign of want, still falls short, the loss of all
-    that is kept is multiplied by
+    With max_weight > 1, where nothing adverse is left and P(K), of the sign of want, still falls short, the advantage
+    of all that is kept is multiplied by
 
         w = min(want / P(K), sum of |A| over the batch / sum of |A| over the kept, max_weight)
 
     so that what is left of a batch moves the policy as far as the whole batch would have, and no further.
 
-    D comes from the loss with everything kept. P(K) is therefore the change of the update only if the denominator of
-    the loss stays when something is rejected, as in `token_mean`; under `losses.KEPT_DENOMINATORS` (`kept_tokens`,
-    `eq5`) what is kept weighs more than P(K) says, and the aim is missed.
+    Aggregation: D comes from the loss with everything kept. P(K) is therefore the change of the update only if the
+    denominator of the loss stays when something is rejected, as in `token_mean`; under `losses.KEPT_DENOMINATORS`
+    (`kept_tokens`, `eq5`) what is kept weighs more than P(K) says, and the aim is missed.
 
     level: "sequence" rejects rollouts, "token" single tokens, which reaches further: the two signs are mixed within
     most rollouts. max_weight: >= 1; at 1 nothing is weighed. Experimental above 1: meant to meet jumps of the schedule

@@ -25,7 +25,7 @@ _EXPONENT_LIMIT = -50.0
 class none:
     """Keep every rollout as it is: no control, the arm to compare with.
 
-    Entropy: whatever loss and advantages do. Source: the uncontrolled baselines of arXiv 2604.26326.
+    Aggregation: any. Entropy: whatever loss and advantages do. Source: the uncontrolled baselines of arXiv 2604.26326.
     """
 
     def __call__(self, inputs: RuleInputs) -> Verdict:
@@ -44,6 +44,9 @@ class soft:
     Entropy: above the band it is meant to fall, below it to rise. On policy, without clipping, positive-only and
     negative-only updates share their expected direction, so the size of the drift changes and not its sign; in
     small simulations the effect comes with clipped, re-used batches, which is not proved for language models.
+
+    Aggregation: the paper's is `eq5` (preset `paper_v1`), over what is kept with an advantage: an update is then as
+    large as an unfiltered one. Under `token_mean` it shrinks with what is rejected.
 
     gamma: >= 0, sharpness. Experimental: no released code contains it, so that no run with gamma = 10 could be looked
     at. Source: arXiv 2604.26326 v1, Algorithm 1, gamma = 10.
@@ -70,10 +73,12 @@ class soft:
 
 @dataclass(frozen=True, slots=True)
 class soft_expected(soft):
-    """`soft` without the draw: keep every rollout, and multiply its loss by `exp(min(0, gamma m A))`.
+    """`soft` without the draw: keep every rollout, and multiply its advantage by `exp(min(0, gamma m A))`.
 
-    The update is the expectation of soft's over its draws, so it has less noise. Nothing counts as rejected: the
-    controller's limits on what is kept never bind, and a denominator that counts the kept does not shrink.
+    Where the loss is proportional to the advantage (`Verdict.weight_R` has the exceptions), the update is the
+    expectation of soft's over its draws, so it has less noise. Nothing counts as rejected: the controller's limits on
+    what is kept never bind. Aggregation: `token_mean` and others of the whole batch; under `eq5`, where soft's
+    denominator shrinks with what it rejects and this one's does not, the two differ.
 
     Entropy: as `soft`. gamma: >= 0. Source: this project.
     """
@@ -88,6 +93,7 @@ class soft_expected(soft):
 class hard:
     """Accept a rollout when `m A >= 0`: positive-only above the band, negative-only below it, A = 0 always.
 
+    Aggregation: as `soft`, the paper's being `eq5` (preset `paper_v2`).
     Entropy: as `soft`, of which it is the limit of large gamma.
     Source: arXiv 2604.26326 v2, Algorithm 1.
     """
@@ -106,6 +112,7 @@ class switch:
     rollouts all agree (+1 for all-correct above the band, -1 for all-wrong below), a large part of its authority.
     A reward of NaN (no verdict) gets advantage 0.
 
+    Aggregation: `token_mean`, that of the released code (preset `paper_code`).
     Entropy: as `soft`, and stronger, by those prompts. Source: the released code of arXiv 2604.26326, which has no
     guard: it trains on whatever is left, where the controller's default limits restore every given advantage once
     too few rollouts have one, or control costs the reward. `min_kept_fraction=0, min_groups=0, min_authority=0,

@@ -40,7 +40,8 @@ class Verdict:
 
     advantage_R: float64, what the loss must use instead of the given advantages.
     probability_R: float64, the chance each rollout had of being kept, where the rule draws; None where it does not.
-    weight_R: float64 >= 0, what the loss of each rollout is multiplied by, besides its advantage; None for 1.
+    weight_R: float64 >= 0, what the advantage of each rollout is multiplied by, and so its loss, which is proportional
+        to it in every policy loss and method here but `repo`, `clip_cov` and `kl_cov`. 0 rejects it; None: 1.
 
     The controller checks it against the batch (`check_verdict`) before it is used.
     """

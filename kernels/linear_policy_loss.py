@@ -135,7 +135,8 @@ def linear_policy_loss(
     be computed twice, and add to main gradients twice.
 
     Raises:
-        ValueError: as `linear_logprob_entropy`; lengths_R that do not sum to T; a closure that returns no scalar.
+        ValueError: as `linear_logprob_entropy`; lengths_R that do not sum to T; a closure that returns no scalar, or
+            whose attribute `clamped_share` is above 0: the entropy here is that of the whole row.
         RuntimeError: differentiated twice; with main gradients, an upstream gradient other than 1 (on a GPU a
             device-side assertion) or a second backward.
     """
@@ -152,6 +153,7 @@ def linear_policy_loss(
     check_main_grad("hidden", hidden_main_grad_TH, hidden_TH)
     check_main_grad("weight", weight_main_grad_VH, weight_VH, bias_V)
     _check_lengths(lengths_R, hidden_TH.shape[0])
+    _check_entropy(loss)
     dtype = compute_dtype(hidden_TH, weight_VH)
     inv_temperature = checked_inverse_temperature(temperature, like=hidden_TH, dtype=dtype, validate=validate)
     options = HeadOptions(softcap, collision, varentropy, argmax)
@@ -183,6 +185,15 @@ def _check_lengths(lengths_R: Sequence[int] | None, T: int) -> None:
     if sum(lengths_R) != T:
         raise ValueError(
             f"lengths_R sums to {sum(lengths_R)} over {len(lengths_R)} sequences; expected {T}, the rows of hidden_TH"
+        )
+
+
+def _check_entropy(loss: Loss) -> None:
+    share = getattr(loss, "clamped_share", 0.0)
+    if share > 0.0:
+        raise ValueError(
+            f"loss has clamped_share = {share!r}; expected a loss of the entropy of whole rows: give this one "
+            "linear_logprob_entropy's log-probabilities and kernels.clamped_entropy with that share"
         )
 
 

@@ -69,6 +69,8 @@ METHOD_STATES: dict[str, State] = STATES | {
     "flexible_clip": {"upper_share": 0.0, "lower_share": 1.0},
 }
 PAID_FOR_ENTROPY = ("entropy_bonus", "adaptive_bonus", "aent")
+# A rule's weight multiplies the advantage. Of these the loss is not proportional to it.
+NOT_PROPORTIONAL = ("repo", "clip_cov", "kl_cov")
 METHOD_NAMES = [name for name in METHODS if name != "plain"]
 
 
@@ -82,6 +84,14 @@ def stats_at(logits_TV: Tensor) -> TokenStats:
         p2_T=p_TV.square().sum(-1).detach(),
         p2logp_T=(p_TV.square() * logp_TV).sum(-1).detach(),
     )
+
+
+def entropy_for(method: str, logits_TV: Tensor) -> Tensor:
+    """What the loss of this method is given for entropies: for AEnt, that of the six likeliest of the seven tokens."""
+    if method != "aent":
+        return stats_at(logits_TV).entropy_T
+    likeliest_TK = (logits_TV / TEMPERATURE).sort(1, descending=True).values[:, :6]
+    return torch.distributions.Categorical(logits=likeliest_TK).entropy()
 
 
 STATS = stats_at(LOGITS_TV)

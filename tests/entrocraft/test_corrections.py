@@ -219,7 +219,11 @@ def test_weights_of_a_rule_reach_the_loss_and_the_prediction(tokens: bool, score
     scored = scored_batch(4)
     decision = scored.decide(_controller(1.0, weighed(tokens=tokens)), 0)
     weight_R = torch.arange(96) / 10
-    torch.testing.assert_close(decision.advantage_R, scored.advantage_R * weight_R)
+    torch.testing.assert_close(decision.advantage_R[1:], (scored.advantage_R * weight_R)[1:])
+    # A weight of 0 is a rejection, whose advantage nobody reads.
+    assert not decision.keep_R[0]
+    assert not decision.keep_T[scored.rollout_T == 0].any()
+    assert decision.advantage_R[0] == scored.advantage_R[0] != 0
     # The first-order change of the update itself: plain policy gradient with the weighed advantages on what is kept.
     kept_T = (scored.mask_T & decision.keep_T).double()
     advantage_T = decision.advantage_R[scored.rollout_T].double()

@@ -33,7 +33,7 @@ REGISTRIES: dict[str, tuple[Mapping[str, Any], tuple[str, ...]]] = {
     "advantage": (ADVANTAGES, LOSS),
     "loss": (LOSSES, LOSS),
     "method": (METHODS, LOSS),
-    "rule": (RULES, ALWAYS),
+    "rule": (RULES, (*ALWAYS, "Aggregation:")),
     "kl": (ESTIMATORS, (*ALWAYS, "an equation")),
 }
 OTHERS = {

@@ -6,6 +6,7 @@ to PPO's loss, or change what goes into it, are written out in `test_methods.py`
 their own value.
 """
 
+import functools
 import math
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
@@ -22,6 +23,7 @@ from combinations import (
     MASK_T,
     METHOD_NAMES,
     METHOD_STATES,
+    NOT_PROPORTIONAL,
     NUDGED_LOGP,
     OLD,
     OPTIONS,
@@ -43,6 +45,7 @@ from combinations import (
     asked,
     combinations,
     decision_on,
+    entropy_for,
     estimate_of,
     everything_kept,
     objective_of,
@@ -172,6 +175,11 @@ class Case(NamedTuple):
                 scale_R[mine_R] = min(4.0, full / passed) if passed > 0 else 0.0
         return scale_R
 
+    def scaled(self, keep_R: np.ndarray, passes_R: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """What is left of `keep_R`, nothing of a prompt that has lost its advantages, and with which."""
+        scale_R = self.scale_R(passes_R)
+        return keep_R & (scale_R > 0), self.a_R * np.where(scale_R > 0, scale_R, 1.0)
+
 
 def _verdict(rule: str, case: Case) -> tuple[np.ndarray, np.ndarray]:
     """By the rule's definition: what is kept, a flag for each token or for each rollout, and the advantages."""
@@ -189,9 +197,9 @@ def _verdict(rule: str, case: Case) -> tuple[np.ndarray, np.ndarray]:
         "first_order token": lambda: (m * case.change_T <= 0, a_R),
         "budget": lambda: (case.fewest(case.change_R, names), a_R),
         "budget token": lambda: (case.fewest(case.change_T, [(*names[r], t) for t, r in enumerate(ROLLOUT)]), a_R),
-        "group_scale hard": lambda: (agrees_R, a_R * case.scale_R(agrees_R)),
-        "group_scale soft": lambda: (case.drawn_R(1.5), a_R * case.scale_R(chance_R)),
-        "tempered soft": lambda: ((keep_R := case.drawn_R(1.5)), a_R * keep_R * tempered_R),
+        "group_scale hard": lambda: case.scaled(agrees_R, agrees_R),
+        "group_scale soft": lambda: case.scaled(case.drawn_R(1.5), chance_R),
+        "tempered soft": lambda: ((keep_R := case.drawn_R(1.5)), a_R * np.where(keep_R, tempered_R, 1.0)),
         "tempered soft_expected": lambda: (everything_R, a_R * chance_R * tempered_R),
     }
     return definitions[rule]()
@@ -261,17 +269,14 @@ def test_the_prediction_is_that_of_the_method(method: str) -> None:
 def test_every_gradient_is_the_slope_of_its_method(method: str) -> None:
     line_TV = torch.randn(T, V, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     logits_TV = LOGITS_TV.clone().requires_grad_()
-    here, before, after = (
-        stats_at(moved_TV) for moved_TV in (logits_TV, LOGITS_TV - H * line_TV, LOGITS_TV + H * line_TV)
-    )
+    moved = (logits_TV, LOGITS_TV - H * line_TV, LOGITS_TV + H * line_TV)
+    here, before, after = [(stats_at(moved_TV).logprob_T, entropy_for(method, moved_TV)) for moved_TV in moved]
     rejected = 0
     for advantage, rule, direction, decision in combinations(method):
         mask_T, what = estimate_of(advantage).mask_T, (advantage, rule, direction)
         objective = objective_of(method, decision.advantage_R, mask_T, decision.keep_T)
-        value, low, high = (objective(stats.logprob_T, stats.entropy_T, slice(0, T)) for stats in (here, before, after))
-        of_policy_T, of_entropy_T = torch.autograd.grad(
-            value, (here.logprob_T, here.entropy_T), retain_graph=True, allow_unused=True
-        )
+        value, low, high = (objective(*stats, slice(0, T)) for stats in (here, before, after))
+        of_policy_T, of_entropy_T = torch.autograd.grad(value, here, retain_graph=True, allow_unused=True)
         assert not of_policy_T[~(decision.keep_T & mask_T)].any(), what
         # A rejected token teaches nothing, but the mean entropy that is paid for has it in it.
         if method in PAID_FOR_ENTROPY:
@@ -348,3 +353,24 @@ def test_what_rejects_for_certain_has_no_chance_to_divide_by() -> None:
         EntropyController(schedules.constant(1.0), tempered).decide(
             step=0, stats=STATS, rollout_T=ROLLOUT_T, group_R=GROUP_R, advantage_R=estimate_of("grpo").advantage_R
         )
+
+
+@pytest.mark.parametrize("loss", [*LOSSES, *METHOD_NAMES])
+def test_what_a_decision_says_it_keeps_is_the_change_of_the_objective_made_of_it(loss: str) -> None:
+    weighed, apart = 0, 0
+    for advantage, rule, direction, decision in combinations(loss):
+        said, mask_T, what = decision.metrics["predicted_change_kept"], estimate_of(advantage).mask_T, (advantage, rule)
+        if math.isnan(said):
+            assert (rule, direction != 0) == ("switch", True), what
+            continue
+        objective = objective_of(loss, decision.advantage_R, mask_T, decision.keep_T)
+        loss_fn = functools.partial(objective, entropy_N=STATS.entropy_T, rows=slice(0, T))
+        change_T = predicted_entropy_change(STATS, loss_fn, temperature=TEMPERATURE)
+        size, change = float(change_T.abs().sum()), float(change_T.sum())
+        close = said == pytest.approx(change, rel=1e-6, abs=1e-7 * size)
+        if decision.metrics["weight_min"] == decision.metrics["weight_max"] == 1.0:
+            assert close, (*what, direction)
+        else:
+            weighed, apart = weighed + 1, apart + (not close)
+    assert weighed > 100
+    assert (apart > 0) == (loss in NOT_PROPORTIONAL), apart

@@ -140,6 +140,23 @@ def test_entropic_weighs_likely_tokens_by_a_clamped_pi_controller():
     torch.testing.assert_close(of_steered, of_term, rtol=1e-5, atol=1e-8)
 
 
+def test_entropic_weighs_its_own_term_by_importance_and_takes_what_is_rejected_out_of_its_sum_alone():
+    method, state = methods.build("entropic", target=0.5, threshold=0.3), {"alpha": -0.6}
+    logits_TV, token_T, tokens = _batch(4, moved=0.2)
+    draw = torch.Generator().manual_seed(1)
+    keep_T, importance_T = torch.rand(len(token_T), generator=draw) < 0.6, 2 * torch.rand(len(token_T), generator=draw)
+    tokens = replace(tokens, keep_T=keep_T, importance_T=importance_T)
+    plain = _loss(methods.build("plain"), logits_TV, token_T, tokens, {})
+    steered = _loss(method, logits_TV, token_T, tokens, state)
+    ratio_T = (_stats(logits_TV, token_T).logprob_T - tokens.old_logprob_T).exp()
+    likely_T = tokens.mask_T & (tokens.stats.logprob_T.exp() > 0.3)
+    assert 3 < int((likely_T & keep_T).sum()) < int(likely_T.sum())
+    term = 0.6 * (ratio_T * tokens.advantage_T.abs() * importance_T * keep_T)[likely_T].mean()
+    torch.testing.assert_close(steered - plain, term, rtol=1e-5, atol=1e-8)
+    of_steered, of_term = (torch.autograd.grad(one, logits_TV)[0] for one in (steered - plain, term))
+    torch.testing.assert_close(of_steered, of_term, rtol=1e-5, atol=1e-8)
+
+
 def test_entropic_parity_is_not_clamped_and_leaves_the_present_error_out_of_its_integral():
     method = methods.build("entropic_parity", target=0.5)
     state = method.observe({}, Signal(step=0, steps=9, entropy=2.5))

@@ -1,7 +1,8 @@
 """One batch, its objective built once, cut seven ways: the gradient of a shared head stays, under every aggregation.
 
 Whole; rollout by rollout; micro-batches of at most so many tokens; odd sizes; backwards; over more ranks than there
-are rollouts, in no order, summed as an all-reduce would; and chunk by chunk through the fused head. All of it in fp64,
+are rollouts, in no order, summed as an all-reduce would; and chunk by chunk through the fused head; for AEnt, whose
+entropy no sums of a chunk give, runs of rows that cut sequences instead. All of it in fp64,
 with every policy loss and with every method that adds terms or pays for entropy, from a policy that has moved since the
 batch was drawn. Weights are fp32 numbers, but the same ones.
 """
@@ -15,7 +16,7 @@ from acting_methods import OPTIONS, STATES
 from torch import Tensor
 
 from entrocraft import PolicyObjective, TokenStats, methods, token_weights
-from entrocraft.kernels import linear_policy_loss
+from entrocraft.kernels import clamped_entropy, linear_policy_loss
 from entrocraft.losses import AGGREGATIONS
 from entrocraft.methods import METHODS, Method, State, Tokens, make_objective
 from entrocraft.surrogates import LOSSES, build_loss
@@ -101,8 +102,10 @@ def _objective(method: Method, state: State, chosen: list[int], aggregation: str
 
 def _gradient(objective: PolicyObjective, weight_VH: Tensor, token_N: Tensor) -> Tensor:
     """Of the share of these tokens, which are all that the objective knows."""
-    stats = _scored(weight_VH, token_N)
-    share = objective(stats.logprob_T, stats.entropy_T, slice(0, len(token_N)))
+    stats, entropy_N = _scored(weight_VH, token_N), None
+    if objective.clamped_share:
+        entropy_N = clamped_entropy(HIDDEN_TH[token_N], weight_VH, share=objective.clamped_share)
+    share = objective(stats.logprob_T, stats.entropy_T if entropy_N is None else entropy_N, slice(0, len(token_N)))
     (gradient_VH,) = torch.autograd.grad(share, weight_VH)
     return gradient_VH
 
@@ -142,6 +145,10 @@ def _seven_ways(objective: PolicyObjective) -> Iterator[tuple[str, Tensor]]:
             share = objective.take(token_N, [LENGTHS[r] for r in piece])
             total_VH += _gradient(share, weight_VH, token_N)
         yield cut, total_VH
+    if objective.clamped_share:
+        rows = torch.arange(T).split(8)
+        yield "rows", torch.stack([_gradient(objective.take(row_N), weight_VH, row_N) for row_N in rows]).sum(0)
+        return
     # Three chunks of whole rollouts.
     loss, _ = linear_policy_loss(HIDDEN_TH, weight_VH, TARGET_T, loss=objective, lengths_R=LENGTHS, buffer_bytes=8192)
     yield "fused", torch.autograd.grad(loss, weight_VH)[0]

@@ -42,14 +42,14 @@ def _tokens(seed=0, *, moved=0.0, keep=1.0):
 
 
 def _covariance_by_hand(tokens):
-    rows = [t for t in range(T) if tokens.mask_T[t] and (tokens.keep_T is None or tokens.keep_T[t])]
+    rows = [t for t in range(T) if tokens.mask_T[t]]
     a, lp = tokens.advantage_T.tolist(), tokens.stats.logprob_T.tolist()
     mean_a, mean_lp = sum(a[t] for t in rows) / len(rows), sum(lp[t] for t in rows) / len(rows)
     return {t: (a[t] - mean_a) * (lp[t] - mean_lp) for t in rows}
 
 
 @pytest.mark.parametrize("keep", [1.0, 0.7])
-def test_covariances_are_about_the_means_of_what_counts(keep):
+def test_covariances_are_about_the_means_of_the_mask_whatever_is_rejected(keep):
     tokens = _tokens(1, keep=keep)
     got_T = covariances(tokens)
     for t, expected in _covariance_by_hand(tokens).items():

@@ -206,6 +206,13 @@ def test_a_compiled_caller_breaks_its_graph_here(make_head):
         head.run(torch.compile(step, backend="aot_eager", fullgraph=True))
 
 
+class _OfClampedEntropy:
+    clamped_share = 0.2
+
+    def __call__(self, logprob_N, entropy_N, rows):
+        return logprob_N.sum() - entropy_N.sum()
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -222,6 +229,7 @@ def test_a_compiled_caller_breaks_its_graph_here(make_head):
         ({"weight_main_grad_VH": torch.zeros(3, 12)}, "weight_main_grad is torch.float32"),
         ({"vocab_start": 3}, "group is None and vocab_start is 3"),
         ({"softcap": -1.0}, "softcap is -1.0"),
+        ({"loss": _OfClampedEntropy()}, "clamped_share = 0.2; expected a loss of the entropy of whole rows: give this"),
     ],
     ids=lambda value: re.sub(" at 0x[0-9a-f]+", "", str(value)),  # an address would differ from process to process
 )
