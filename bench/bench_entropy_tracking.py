@@ -32,7 +32,7 @@ BENCH = Path(__file__).resolve().parent
 if str(BENCH) not in sys.path:  # workers and pytest import this file without having run it
     sys.path.insert(0, str(BENCH))
 
-from tracking_cases import FREE, REGIMES, SCHEDULES, TARGETED, TASKS, VARIANTS, Case, grid  # noqa: E402
+from tracking_cases import FREE, REGIMES, SCHEDULES, TARGETED, TASKS, VARIANTS, WITH_RLOO, Case, grid  # noqa: E402
 
 CONFIG = BENCH.parent / "train" / "configs" / "demo.yaml"
 
@@ -127,7 +127,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--scratch", type=Path, default=Path("runs/entropy_tracking"), help="models and unfinished runs"
     )
     parser.add_argument("--task", choices=list(TASKS), default="sums", help="default: %(default)s")
-    parser.add_argument("--methods", nargs="+", choices=[*FREE, *TARGETED, *VARIANTS], help="default: all but try_...")
+    by_name = [*FREE, *TARGETED, *VARIANTS, *WITH_RLOO]
+    parser.add_argument("--methods", nargs="+", choices=by_name, help="default: all but try_... and rloo_...")
     parser.add_argument("--schedules", nargs="+", choices=list(SCHEDULES), help="default: all of the task's")
     parser.add_argument("--regimes", nargs="+", choices=list(REGIMES), help="default: both")
     parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3])

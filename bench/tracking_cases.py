@@ -112,6 +112,7 @@ _PUBLISHED = (_WIDTH, *_NO_GUARDS)
 # set for large models; `_wide` is one with the box of its coefficient, or its rate, opened for this small one.
 TARGETED: dict[str, tuple[str, ...]] = {
     "soft": ("--entropy.rule=null", "--entropy.preset=paper_v1", *_PUBLISHED),
+    "soft_expected": ("--entropy.rule=soft_expected", *_PUBLISHED),
     "hard": ("--entropy.rule=null", "--entropy.preset=paper_v2", *_PUBLISHED),
     "switch": ("--entropy.rule=switch", *_PUBLISHED, *_SIGNED),
     "first_order": ("--entropy.rule=first_order", _WIDTH),
@@ -135,7 +136,9 @@ TARGETED: dict[str, tuple[str, ...]] = {
     "adaptive_clip_wide": ("--loss.method=adaptive_clip", "--loss.method_options={minimum: 0.01, maximum: 5}"),
 }
 # Of these, this project's; the others are published.
-OWN = ("first_order", "first_order_token", "budget", "budget_token", "budget_weighed")
+OWN = ("soft_expected", "first_order", "first_order_token", "budget", "budget_token", "budget_weighed")
+# Published in outline: the form of the one and the constants of both are this project's, as their docstrings say.
+OWN_FORM = ("polarity", "adaptive_clip", "adaptive_clip_wide")
 # Forms of this project's rules that were tried on falling curves, run where they are asked for by name.
 VARIANTS: dict[str, tuple[str, ...]] = {
     "try_per_token": ("--entropy.rule=budget_variants:per_token",),
@@ -148,18 +151,30 @@ VARIANTS: dict[str, tuple[str, ...]] = {
     "try_group_scale": ("--entropy.rule=group_scale", "--entropy.rule_options={rule: {name: budget, level: token}}"),
     "try_refill": ("--entropy.rule=budget", "--entropy.level=token", "--refill.zero_variance=refill"),
 }
+# The targeted ones that leave the advantage to the user, with another than the demo's GRPO; as the variants, by name.
+WITH_RLOO: dict[str, tuple[str, ...]] = {
+    f"rloo_{name}": (*settings, "--loss.advantage=rloo")
+    for name, settings in TARGETED.items()
+    if not any(setting.startswith(("--loss.advantage=", "--reward.signed=")) for setting in settings)
+}
 # Methods without a target: run once a regime and seed, and shown against the falling line that they do not see.
 FREE: dict[str, tuple[str, ...]] = {
     "none": (),
     "dr_grpo": ("--loss.advantage=dr_grpo", "--loss.aggregation=fixed"),
     "rloo": ("--loss.advantage=rloo",),
+    "opo": ("--loss.advantage=opo",),
+    "reinforce": ("--loss.advantage=reinforce", *_SIGNED),
     "reinforce_pp": ("--loss.advantage=reinforce_pp",),
+    "reinforce_pp_baseline": ("--loss.advantage=reinforce_pp_baseline",),
+    "raft": ("--loss.advantage=raft", "--loss.policy=gpg"),
     "raft_pp": ("--loss.advantage=raft_pp",),
     "reinforce_rej": ("--loss.advantage=reinforce_rej", *_SIGNED),
     "psr": ("--loss.advantage=psr",),
     "nsr": ("--loss.advantage=nsr",),
+    "nsr_parity": ("--loss.advantage=nsr_parity",),
     "w_reinforce": ("--loss.advantage=w_reinforce",),
     "entropy_bonus": ("--loss.method=entropy_bonus",),
+    "unclipped": ("--loss.policy=unclipped",),
     "clip_higher": ("--loss.clip_high=0.28",),
     "gspo": ("--loss.policy=gspo", "--loss.aggregation=seq_mean_token_mean"),
     "cispo": ("--loss.policy=cispo",),
@@ -170,6 +185,7 @@ FREE: dict[str, tuple[str, ...]] = {
     "clip_b": ("--loss.method=clip_b",),
     "clip_v": ("--loss.method=clip_v",),
     "repo": ("--loss.method=repo",),
+    "probability_clip": ("--loss.policy=probability_clip",),
     "flexible_id": ("--loss.method=flexible_clip", "--loss.method_options={schedule: id}"),
     "flexible_did": ("--loss.method=flexible_clip", "--loss.method_options={schedule: did}"),
     "flexible_od": ("--loss.method=flexible_clip", "--loss.method_options={schedule: od}"),
@@ -195,7 +211,7 @@ class Case(NamedTuple):
         """Settings on top of the demo's file; `steps` in place of the regime's."""
         task = TASKS[self.task]
         regime, schedule = task.regimes[self.regime], task.schedules[self.schedule]
-        arguments = (FREE | TARGETED | VARIANTS)[self.method]
+        arguments = (FREE | TARGETED | VARIANTS | WITH_RLOO)[self.method]
         rule = [] if any(a.startswith("--entropy.rule=") for a in arguments) else ["--entropy.rule=none"]
         return [
             f"--seed={self.seed}",

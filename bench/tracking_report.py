@@ -8,7 +8,18 @@ from pathlib import Path
 from tracking_cases import TASKS
 from tracking_figures import plot_curves, plot_failure, plot_frontier
 from tracking_runs import read_runs, summarise
-from tracking_tables import LEGEND, comparison, destroyed, frontier, markdown, paired, panels, repeated, starts
+from tracking_tables import (
+    LEGEND,
+    comparison,
+    destroyed,
+    frontier,
+    markdown,
+    paired,
+    panels,
+    repeated,
+    starts,
+    with_rloo,
+)  # fmt: skip
 from tracking_verdict import method_table
 
 
@@ -18,8 +29,8 @@ def write_report(out: Path) -> str:
     table = summarise(runs.values())
     every = [*runs.values()]
     text = "\n".join(
-        [LEGEND, _origin(every), markdown(table), frontier(table), paired(every), comparison(table), destroyed(every),
-         repeated(every)]
+        [LEGEND, _origin(every), markdown(table), frontier(table), paired(every), comparison(table), with_rloo(every),
+         destroyed(every), repeated(every)]
     )  # fmt: skip
     (out / "summary.json").write_text(json.dumps(table, indent=1) + "\n")
     (out / "table.md").write_text(text)

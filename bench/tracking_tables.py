@@ -8,7 +8,7 @@ from collections import defaultdict
 from collections.abc import Iterable
 from typing import Any
 
-from tracking_cases import FREE, OWN, TARGETED, TASKS, VARIANTS
+from tracking_cases import FREE, OWN, REGIMES, TARGETED, TASKS, VARIANTS
 from tracking_runs import COLUMNS, EVENTS, Means, Run, event, final_reward
 
 FALLING = ("line", "half_cosine")
@@ -151,6 +151,30 @@ def comparison(table: Means) -> str:
                 cells += [row["method"], *(cell(row, column) for column in ("error", "final_reward", "pass_at_8"))]
             lines.append(_line(*cells, f"{best['error'] / here[name]['error']:.1f}"))
     return "\n".join([*lines, ""])
+
+
+def with_rloo(runs: Iterable[Run]) -> str:
+    """Errors of the falling line with RLOO's advantages beside those with GRPO's, means over the seeds that have both;
+    empty where nothing was run."""
+    of_case: dict[tuple[str, str], dict[int, Run]] = defaultdict(dict)
+    for run in runs:
+        if panel_of(run)[:2] == ("sums", "line"):
+            of_case[run["method"], run["regime"]][run["seed"]] = run
+    lines = ["### The line with RLOO's advantages", "", "Error and reward with RLOO's, and with GRPO's.", ""]
+    lines += _head("method", "regime", "error", "GRPO", "reward", "GRPO", "seeds")
+    found = 0
+    for method in TARGETED:
+        for regime in REGIMES:
+            ours, others = of_case[f"rloo_{method}", regime], of_case[method, regime]
+            both = sorted(ours.keys() & others.keys())
+            if not both:
+                continue
+            error = [statistics.fmean(arm[seed]["error"] for seed in both) for arm in (ours, others)]
+            reward = [statistics.fmean(final_reward(arm[seed]) for seed in both) for arm in (ours, others)]
+            cells = [*(f"{value:.3f}" for value in error), *(f"{value:.2f}" for value in reward)]
+            lines.append(_line(method, regime, *cells, str(len(both))))
+            found += 1
+    return "\n".join([*lines, ""]) if found else ""
 
 
 def destroyed(runs: Iterable[Run]) -> str:

@@ -5,7 +5,7 @@ A row says in words what its numbers, beside it, allow; `THRESHOLDS` is where a 
 
 from __future__ import annotations
 
-from tracking_cases import OWN, REGIMES, TARGETED
+from tracking_cases import OWN, OWN_FORM, REGIMES, TARGETED, WITH_RLOO
 from tracking_runs import Means, event
 
 # Mean |entropy - target| of a curve, nats, up to which a method is said to do it, in both regimes.
@@ -46,11 +46,10 @@ def follows(table: Means, method: str) -> str:
 def any_advantage(method: str) -> str:
     """Whether the method leaves the advantage and the scale of the reward to the user.
 
-    That what it makes of each advantage is its equation, `tests/entrocraft/test_every_combination.py` holds.
+    That what it makes of each advantage is its equation, `tests/entrocraft/test_every_combination.py` holds; how it
+    tracks with another than GRPO's, `tracking_tables.with_rloo` shows.
     """
-    settings = TARGETED[method]
-    given = any(setting.startswith(("--loss.advantage=", "--reward.signed=")) for setting in settings)
-    return "no" if given else "yes"
+    return "yes" if f"rloo_{method}" in WITH_RLOO else "no"
 
 
 def method_table(table: Means) -> str | None:
@@ -64,7 +63,7 @@ def method_table(table: Means) -> str | None:
     rows = [COLUMNS]
     ranked = sorted(whole[1:], key=lambda name: sum(table[f"{name}-line-{regime}"]["error"] for regime in REGIMES))
     for name in [*ranked, "none"]:
-        words = [f"`{name}`" + (" *" if name in OWN else "")]
+        words = [f"`{name}`" + (" *" if name in OWN else " †" if name in OWN_FORM else "")]
         words += (
             ["no", "no", "yes"] if name == "none" else [reaches(table, name), follows(table, name), any_advantage(name)]
         )

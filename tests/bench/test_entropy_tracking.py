@@ -10,11 +10,11 @@ BENCH = Path(__file__).parents[2] / "bench"
 sys.path.insert(0, str(BENCH))
 
 import bench_entropy_tracking  # noqa: E402
-from tracking_cases import FREE, SCHEDULES, TARGETED, TASKS, grid  # noqa: E402
+from tracking_cases import FREE, SCHEDULES, TARGETED, TASKS, WITH_RLOO, Case, grid  # noqa: E402
 from tracking_figures import plot_failure  # noqa: E402
 from tracking_runs import derived, judge, read_runs, settling, summarise  # noqa: E402
-from tracking_tables import comparison, destroyed, frontier, markdown, paired, repeated, starts  # noqa: E402
-from tracking_verdict import method_table  # noqa: E402
+from tracking_tables import comparison, destroyed, frontier, markdown, paired, repeated, starts, with_rloo  # noqa: E402
+from tracking_verdict import any_advantage, method_table  # noqa: E402
 
 from entrocraft.schedules import anchored  # noqa: E402
 from entrocraft.train.config_reader import load_config  # noqa: E402
@@ -123,6 +123,15 @@ def test_ours_against_the_tightest_published_and_what_control_destroyed():
     apart = destroyed([run | {"schedule": "wave"} if run["method"] == "hard" else run for run in harmed])
     assert "Falling curves, of 3 runs: none." in apart
     assert "Other curves, of 1 runs: hard (0.24 for 0.50)." in apart
+
+
+def test_the_line_with_rloo_is_set_against_the_same_seeds_with_grpo():
+    runs = [_ends("budget", error=error, reward=0.9, seed=seed) for seed, error in ((1, 0.02), (2, 0.04), (3, 0.9))]
+    assert with_rloo(runs) == ""
+    runs += [_ends("rloo_budget", error=error, reward=0.8, seed=seed) for seed, error in ((1, 0.01), (2, 0.05))]
+    assert with_rloo(runs).splitlines()[-1] == "| budget | reused | 0.030 | 0.030 | 0.80 | 0.90 | 2 |"
+    assert any_advantage("budget") == "yes"
+    assert [name for name in TARGETED if any_advantage(name) == "no"] == ["switch", "entropic_parity"]
 
 
 def test_the_frontier_has_what_no_other_beats_in_both():
@@ -260,12 +269,12 @@ def test_every_case_is_a_configuration_that_can_be_built(task):
     assert len(cases) == 2 * (len(FREE) + len(TARGETED) * len(TASKS[task].schedules))
     assert len({case.name for case in cases}) == len(cases)
     config_file = BENCH.parent / "train" / "configs" / "demo.yaml"
-    for case in cases:
-        options = any("options" in argument or "policy" in argument for argument in case.overrides())
-        if options and case.regime == "one_pass" and case.schedule == "line":
+    for case in [*cases, *(Case(name, "line", "one_pass", 1, task) for name in WITH_RLOO)]:
+        if case.regime == "one_pass" and case.schedule == "line":
             config = load_config([f"--config={config_file}", *case.overrides()])
             build_method(config)
             build_controller(config, vocab_size=259)
+            assert (config.loss.advantage == "rloo") == ("rloo" in case.method)
             assert config.entropy.width == (0.02 if task == "sums" else 0.005)
     if task == "addition":
         return  # its curves are tested beside it
