@@ -11,6 +11,9 @@ from torch import Tensor
 
 from entrocraft.losses import LOG_RATIO_LIMIT, checked_log_ratio
 
+# verl's bound on the mean log-ratio of a sequence.
+SEQUENCE_LIMIT = 10.0
+
 
 def check_clips(clip_low: float, clip_high: float, *, such_as: str) -> None:
     if not 0.0 < clip_low <= 1.0:
@@ -47,7 +50,7 @@ def sequence_mean(value_T: Tensor, lengths_R: Sequence[int], mask_T: Tensor | No
 class GSPO:
     """Group sequence policy optimization, to be minimised: one ratio a sequence, the geometric mean of its tokens'.
 
-        s_i = exp(clamp(mean over the tokens t of sequence i of (logprob_t - old_logprob_t), -20, 20))
+        s_i = exp(min(10, mean over the tokens t of sequence i of (logprob_t - old_logprob_t)))
         s_t = s_i exp(logprob_t - sg[logprob_t])                 the value of s_i, the gradient of token t
         l_t = max(-s_t A_t, -clip(s_t, 1 - clip_low, 1 + clip_high) A_t)
 
@@ -94,7 +97,7 @@ class GSPO:
             ValueError: shapes differ, or lengths_R does not sum to T.
         """
         ratio_T = self._log_ratio(logprob_T, old_logprob_T, advantage_T, lengths_R, mask_T)
-        ratio_T = ratio_T.clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT).exp()
+        ratio_T = ratio_T.clamp(max=SEQUENCE_LIMIT).exp()
         advantage_T = advantage_T.detach()
         clipped_T = ratio_T.clamp(1.0 - self.clip_low, 1.0 + self.clip_high)
         return torch.maximum(-ratio_T * advantage_T, -clipped_T * advantage_T)
@@ -109,16 +112,15 @@ class GSPO:
     ) -> dict[str, Tensor]:
         """Where the gradient has been removed though A is not 0, as bool `[T]`; the two do not overlap.
 
-        "high": A > 0, s above its clip, or log s above 20. "low": A < 0, s below its clip, or log s below -20.
+        "high": A > 0, s above its clip, or log s above 10. "low": A < 0, s below its clip.
         """
         with torch.no_grad():
             log_T = self._log_ratio(logprob_T, old_logprob_T, advantage_T, lengths_R, mask_T)
-            ratio_T = log_T.clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT).exp()
-            present_T = advantage_T != 0
+            ratio_T = log_T.clamp(max=SEQUENCE_LIMIT).exp()
             return {
                 "high": ((advantage_T > 0) & (ratio_T > 1.0 + self.clip_high))
-                | (present_T & (log_T > LOG_RATIO_LIMIT)),
-                "low": ((advantage_T < 0) & (ratio_T < 1.0 - self.clip_low)) | (present_T & (log_T < -LOG_RATIO_LIMIT)),
+                | ((advantage_T != 0) & (log_T > SEQUENCE_LIMIT)),
+                "low": (advantage_T < 0) & (ratio_T < 1.0 - self.clip_low),
             }
 
     @staticmethod

@@ -67,16 +67,17 @@ def test_gspo_is_the_objective_of_whole_sequences(clips: tuple[float, float], ma
 
 
 def test_gspo_beyond_the_clamp() -> None:
-    # A > 0: the clip of 50 would bind above; below nothing does but the clamp. A < 0 above: the clamp alone again.
-    logprob_T = torch.tensor([-30.0, 25.0], requires_grad=True)
-    loss_fn, advantage_T = GSPO(clip_high=50.0), torch.tensor([1.0, -1.0])
-    loss_T = loss_fn(logprob_T, torch.zeros(2), advantage_T, [1, 1])
+    # A < 0 above: the clamp alone, here on both sides of it. A > 0 far below: nothing binds.
+    logprob_T = torch.tensor([9.0, 15.0, -30.0], requires_grad=True)
+    loss_fn, advantage_T = GSPO(clip_high=50.0), torch.tensor([-1.0, -1.0, 1.0])
+    loss_T = loss_fn(logprob_T, torch.zeros(3), advantage_T, [1, 1, 1])
     loss_T.sum().backward()
-    assert loss_T.tolist() == pytest.approx([-math.exp(-20), math.exp(20)], rel=1e-5)
+    expected = [math.exp(9), math.exp(10), -math.exp(-30)]
+    assert loss_T.tolist() == pytest.approx(expected, rel=1e-5, abs=0.0)
     assert logprob_T.grad is not None
-    assert logprob_T.grad.tolist() == [0.0, 0.0]
-    flags = loss_fn.clipped(logprob_T, torch.zeros(2), advantage_T, [1, 1])
-    assert (flags["high"].tolist(), flags["low"].tolist()) == ([False, True], [True, False])
+    assert logprob_T.grad.tolist() == pytest.approx([expected[0], 0.0, expected[2]], rel=1e-5, abs=0.0)
+    flags = loss_fn.clipped(logprob_T, torch.zeros(3), advantage_T, [1, 1, 1])
+    assert (flags["high"].tolist(), flags["low"].tolist()) == ([False, True, False], [False, False, False])
 
 
 def test_cispo_by_hand() -> None:

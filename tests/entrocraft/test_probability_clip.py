@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from entrocraft import PPOClip, methods
-from entrocraft.methods import Signal
+from entrocraft import PPOClip, TokenStats, methods
+from entrocraft.methods import Signal, Tokens
 from entrocraft.probability_clip import FlexibleClip, ProbabilityClip
 
 
@@ -88,6 +88,43 @@ def test_the_switch_has_a_memory_between_two_bounds_that_come_together():
     assert seen == [(0.0, 1.0), (0.0, 1.0), (1.0, 0.0), (1.0, 0.0), (0.0, 1.0), (0.0, 1.0)]
     # H_0 = 5: low 1; high 4, then 3.5, all exact in binary. On a bound the switch turns below and not above.
     assert _shares("od", [5.0, 1.0, 4.0, 3.6]) == [(0.0, 1.0), (1.0, 0.0), (1.0, 0.0), (0.0, 1.0)]
+
+
+@pytest.mark.parametrize(
+    ("schedule", "step", "entropy", "upper", "lower"),
+    [
+        ("id", 2, 1.0, 0.5, 0.0),
+        ("id", 5, 1.0, 0.0, 0.75),
+        ("did", 3, 1.0, 0.75, 0.0),
+        ("did", 6, 1.0, 1.0, 0.5),
+        ("od", 0, 1.0, 0.0, 1.0),
+    ],
+)
+def test_the_loss_of_a_step_mixes_each_line_with_its_plain_clip(schedule, step, entropy, upper, lower):
+    # Loop, not vectors: max(-r A, -clip(r) A) with bounds that are so much line and so much 1 + 0.3, or 1 - 0.1.
+    generator = torch.Generator().manual_seed(3)
+    old_T = -3 * torch.rand(80, generator=generator, dtype=torch.float64)
+    logprob_T = (old_T + 0.4 * torch.randn(80, generator=generator, dtype=torch.float64)).requires_grad_()
+    advantage_T = torch.randn(80, generator=generator, dtype=torch.float64)
+    tokens = Tokens(
+        stats=TokenStats(logprob_T=logprob_T.detach(), entropy_T=-old_T, lse_T=old_T), old_logprob_T=old_T,
+        advantage_T=advantage_T, mask_T=torch.ones(80, dtype=torch.bool), rollout_T=torch.zeros(80, dtype=torch.int64),
+        group_R=torch.zeros(1, dtype=torch.int64),
+    )  # fmt: skip
+    method = FlexibleClip(schedule=schedule, clip=ProbabilityClip(clip_low=0.1, clip_high=0.3))
+    state = method.observe({}, Signal(step=step, steps=8, entropy=entropy))
+    loss_T = method.terms(tokens, state).loss_fn(logprob_T, old_T, advantage_T)
+    (gradient_T,) = torch.autograd.grad(loss_T.sum(), logprob_T)
+    bound = {"high": 0, "low": 0}
+    for t in range(80):
+        p, r, a = old_T[t].exp().item(), (logprob_T[t] - old_T[t]).exp().item(), advantage_T[t].item()
+        high = upper * 1.5 / (1.0 + 0.25 * p) + (1.0 - upper) * 1.3
+        low = lower * 0.7 / (1.0 - 0.13 * p) + (1.0 - lower) * 0.9
+        stopped = r > high if a > 0 else r < low
+        bound["high" if a > 0 else "low"] += stopped
+        assert loss_T[t].item() == pytest.approx(-a * ((high if a > 0 else low) if stopped else r), rel=1e-12)
+        assert gradient_T[t].item() == pytest.approx(0.0 if stopped else -a * r, rel=1e-12, abs=0.0)
+    assert min(bound.values()) > 3
 
 
 @pytest.mark.parametrize(

@@ -26,7 +26,7 @@ from entrocraft.train.policy import Policy
 from entrocraft.train.step import Share, accumulate
 from entrocraft.train.tiny_model import build_tiny_model
 
-EXPECTED = 78
+EXPECTED = 100
 PROMPTS, SAMPLES, LONGEST = 4, 4, 16
 TEMPERATURE = 0.7
 TOKENS_PER_MICROBATCH = 128

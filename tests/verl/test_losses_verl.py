@@ -4,91 +4,22 @@ Ours are of packed tokens and the weights of an aggregation, verl's of padded ro
 micro-batch with the log-probabilities of the policy it trains, so it is given all rows at once.
 """
 
-import importlib
 from dataclasses import replace
 
 import pytest
 import torch
+from both_losses import assert_same, core_algos, ours, random_tokens, verls
 
-from entrocraft import TokenStats, methods
+from entrocraft import methods
 from entrocraft.covariance import ClipCov
 from entrocraft.losses import PPOClip
-from entrocraft.methods import Tokens, make_objective
 from entrocraft.surrogates import build_loss
 
-core_algos = importlib.import_module("verl.trainer.ppo.core_algos")
-configs = importlib.import_module("verl.workers.config.actor")
-
 SEEDS = (0, 1, 2, 3)
-GROUPS, SAMPLES, LONGEST = 6, 4, 40
 
 # verl's further names: bypass_mode picks one of the others, dppo_tv, dppo_kl and dro are not of this package.
 NOT_OURS = {"bypass_mode", "dppo_tv", "dppo_kl", "dro"}
 COMPARED = {"vanilla", "gspo", "sapo", "gpg", "clip_cov", "kl_cov", "geo_mean", "cispo"}
-
-
-def _tokens(seed, *, spread=0.4, by_token=False):
-    """Ragged rollouts with holes in their masks; ratios on both sides of every clip for either sign of advantage."""
-    generator = torch.Generator().manual_seed(seed)
-    R = GROUPS * SAMPLES
-    length_R = torch.randint(1, LONGEST + 1, (R,), generator=generator)
-    rollout_T = torch.arange(R).repeat_interleave(length_R)
-    T = len(rollout_T)
-    mask_T = torch.rand(T, generator=generator) < 0.85
-    mask_T[torch.cumsum(length_R, 0) - 1] = True  # no rollout without a token: that difference has its own test
-    old_T = -3 * torch.rand(T, generator=generator) ** 2
-    logprob_T = old_T + spread * torch.randn(T, generator=generator)
-    advantage_T = torch.randn(T if by_token else R, generator=generator)
-    return Tokens(
-        stats=TokenStats(logprob_T=logprob_T, entropy_T=torch.ones(T), lse_T=torch.zeros(T)),
-        old_logprob_T=old_T,
-        advantage_T=advantage_T if by_token else advantage_T[rollout_T],
-        mask_T=mask_T,
-        rollout_T=rollout_T,
-        group_R=torch.arange(GROUPS).repeat_interleave(SAMPLES),
-        seed=seed,
-    )
-
-
-def _ours(method, tokens, aggregation):
-    objective = make_objective(method, tokens, {}, aggregation=aggregation)
-    logprob_T = tokens.stats.logprob_T.clone().requires_grad_()
-    loss = objective(logprob_T, tokens.stats.entropy_T, slice(0, len(logprob_T)))
-    return loss.detach(), torch.autograd.grad(loss, logprob_T)[0]
-
-
-def _verls(name, tokens, aggregation, policy_loss=None, **config):
-    """(loss, gradient of each packed token, metrics) of verl's function of that name."""
-    lengths_R = torch.tensor(tokens.lengths_R)
-    column_T = torch.cat([torch.arange(length) for length in tokens.lengths_R])
-    where = (tokens.rollout_T, column_T)
-
-    def padded(value_T):
-        return torch.zeros(len(lengths_R), int(lengths_R.max()), dtype=value_T.dtype).index_put(where, value_T)
-
-    actor = configs.ActorConfig(
-        strategy="fsdp", rollout_n=SAMPLES, use_dynamic_bsz=True,
-        policy_loss=configs.PolicyLossConfig(loss_mode=name, **(policy_loss or {})), **config,
-    )  # fmt: skip
-    logprob_T = tokens.stats.logprob_T.clone().requires_grad_()
-    loss, metrics = core_algos.get_policy_loss_fn(name)(
-        padded(tokens.old_logprob_T),
-        padded(logprob_T),
-        padded(tokens.advantage_T),
-        padded(tokens.mask_T.long()),
-        aggregation.replace("_", "-"),
-        actor,
-        None if tokens.importance_T is None else padded(tokens.importance_T),
-    )
-    return loss.detach(), torch.autograd.grad(loss, logprob_T)[0], metrics
-
-
-def _assert_same(ours, theirs):
-    """Each gradient within 1e-6 of itself. The loss is a sum of terms of both signs, measured by what it adds up."""
-    (loss, gradient_T), (their_loss, their_gradient_T) = ours[:2], theirs[:2]
-    torch.testing.assert_close(gradient_T, their_gradient_T, rtol=1e-6, atol=1e-7 * float(gradient_T.abs().max()))
-    torch.testing.assert_close(loss, their_loss, rtol=1e-6, atol=1e-7 * float(gradient_T.abs().sum()))
-    assert float(gradient_T.abs().sum()) > 0.1
 
 
 def _plain(name, **arguments):
@@ -105,11 +36,11 @@ def test_every_loss_of_verl_is_here_or_named_as_missing():
     ("low", "high", "dual"), [(0.2, 0.2, 3.0), (0.2, 0.28, 3.0), (0.05, 0.4, 1.5)], ids=["ppo", "higher", "narrow"]
 )
 def test_ppo_clip(seed, aggregation, low, high, dual):
-    tokens = _tokens(seed, by_token=True)
-    ours = _ours(_plain("ppo_clip", clip_low=low, clip_high=high, dual_clip=dual), tokens, aggregation)
+    tokens = random_tokens(seed, by_token=True)
+    mine = ours(_plain("ppo_clip", clip_low=low, clip_high=high, dual_clip=dual), tokens, aggregation)
     clips = {"clip_ratio_low": low, "clip_ratio_high": high, "clip_ratio_c": dual}
-    theirs = _verls("vanilla", tokens, aggregation, **clips)
-    _assert_same(ours, theirs)
+    theirs = verls("vanilla", tokens, aggregation, **clips)
+    assert_same(mine, theirs)
     loss_fn = PPOClip(clip_low=low, clip_high=high, dual_clip=dual)
     clipped = loss_fn.clipped(tokens.stats.logprob_T, tokens.old_logprob_T, tokens.advantage_T)
     share = {side: float(one_T[tokens.mask_T].float().mean()) for side, one_T in clipped.items()}
@@ -122,20 +53,20 @@ def test_ppo_clip(seed, aggregation, low, high, dual):
 @pytest.mark.parametrize("seed", SEEDS)
 @pytest.mark.parametrize("aggregation", ["token_mean", "seq_mean_token_mean"])
 def test_clip_higher_is_verls_with_its_upper_clip(seed, aggregation):
-    tokens = _tokens(seed)
-    theirs = _verls("vanilla", tokens, aggregation, clip_ratio_low=0.2, clip_ratio_high=0.28)
-    _assert_same(_ours(_plain("clip_higher"), tokens, aggregation), theirs)
+    tokens = random_tokens(seed)
+    theirs = verls("vanilla", tokens, aggregation, clip_ratio_low=0.2, clip_ratio_high=0.28)
+    assert_same(ours(_plain("clip_higher"), tokens, aggregation), theirs)
 
 
 @pytest.mark.parametrize("seed", SEEDS)
 @pytest.mark.parametrize("aggregation", ["token_mean", "seq_mean_token_mean"])
 @pytest.mark.parametrize(("low", "high", "spread"), [(3e-4, 4e-4, 2e-3), (0.05, 0.1, 0.4)], ids=["default", "wide"])
 def test_gspo(seed, aggregation, low, high, spread):
-    tokens = _tokens(seed, spread=spread)
-    ours = _ours(_plain("gspo", clip_low=low, clip_high=high), tokens, aggregation)
-    theirs = _verls("gspo", tokens, aggregation, clip_ratio_low=low, clip_ratio_high=high)
-    _assert_same(ours, theirs)
-    silent_T = (ours[1] == 0) & tokens.mask_T
+    tokens = random_tokens(seed, spread=spread)
+    mine = ours(_plain("gspo", clip_low=low, clip_high=high), tokens, aggregation)
+    theirs = verls("gspo", tokens, aggregation, clip_ratio_low=low, clip_ratio_high=high)
+    assert_same(mine, theirs)
+    silent_T = (mine[1] == 0) & tokens.mask_T
     assert torch.equal(silent_T, (theirs[1] == 0) & tokens.mask_T)
     assert 0 < int(silent_T.sum()) < int(tokens.mask_T.sum())
 
@@ -143,17 +74,17 @@ def test_gspo(seed, aggregation, low, high, spread):
 @pytest.mark.parametrize("seed", SEEDS)
 @pytest.mark.parametrize(("positive", "negative"), [(1.0, 1.05), (2.0, 0.5)])
 def test_sapo(seed, positive, negative):
-    tokens = _tokens(seed, by_token=True)
-    ours = _ours(_plain("sapo", tau_positive=positive, tau_negative=negative), tokens, "seq_mean_token_mean")
+    tokens = random_tokens(seed, by_token=True)
+    mine = ours(_plain("sapo", tau_positive=positive, tau_negative=negative), tokens, "seq_mean_token_mean")
     # verl averages by sequences whatever it is told.
-    _assert_same(ours, _verls("sapo", tokens, "token_mean", tau_pos=positive, tau_neg=negative))
+    assert_same(mine, verls("sapo", tokens, "token_mean", tau_pos=positive, tau_neg=negative))
 
 
 @pytest.mark.parametrize("seed", SEEDS)
 @pytest.mark.parametrize("aggregation", ["token_mean", "seq_mean_token_sum", "seq_mean_token_mean"])
 def test_gpg(seed, aggregation):
-    tokens = _tokens(seed, by_token=True)
-    _assert_same(_ours(_plain("gpg"), tokens, aggregation), _verls("gpg", tokens, aggregation))
+    tokens = random_tokens(seed, by_token=True)
+    assert_same(ours(_plain("gpg"), tokens, aggregation), verls("gpg", tokens, aggregation))
 
 
 @pytest.mark.parametrize("seed", SEEDS)
@@ -161,51 +92,40 @@ def test_gpg(seed, aggregation):
 @pytest.mark.parametrize(("low", "their_low", "high"), [(1.0, 10.0, 0.2), (0.3, 0.3, 0.5)], ids=["cap", "both"])
 def test_cispo(seed, aggregation, low, their_low, high):
     """verl's example writes 10 for no lower bound; a ratio is never below 0, so 1 is none either."""
-    tokens = _tokens(seed, by_token=True)
-    theirs = _verls("cispo", tokens, aggregation, clip_ratio_low=their_low, clip_ratio_high=high)
-    _assert_same(_ours(_plain("cispo", clip_low=low, clip_high=high), tokens, aggregation), theirs)
+    tokens = random_tokens(seed, by_token=True)
+    theirs = verls("cispo", tokens, aggregation, clip_ratio_low=their_low, clip_ratio_high=high)
+    assert_same(ours(_plain("cispo", clip_low=low, clip_high=high), tokens, aggregation), theirs)
 
 
 @pytest.mark.parametrize("seed", SEEDS)
 @pytest.mark.parametrize(("low", "high"), [(0.4, 0.4), (0.1, 0.3)])
 def test_geo_mean(seed, low, high):
-    tokens = _tokens(seed)
-    ours = _ours(_plain("geo_mean", clip_low=low, clip_high=high), tokens, "seq_mean_token_mean")
+    tokens = random_tokens(seed)
+    mine = ours(_plain("geo_mean", clip_low=low, clip_high=high), tokens, "seq_mean_token_mean")
     # verl averages by sequences whatever it is told.
-    theirs = _verls("geo_mean", tokens, "token_mean", clip_ratio_low=low, clip_ratio_high=high)
-    _assert_same(ours, theirs)
-    assert torch.equal(ours[1] == 0, theirs[1] == 0)
+    theirs = verls("geo_mean", tokens, "token_mean", clip_ratio_low=low, clip_ratio_high=high)
+    assert_same(mine, theirs)
+    assert torch.equal(mine[1] == 0, theirs[1] == 0)
 
 
 def test_geo_mean_divides_by_the_sequences_that_have_a_token():
     """verl's divides by all rows; its other losses, and ours, by those with a token in the mask."""
-    tokens = _tokens(5)
+    tokens = random_tokens(5)
     tokens = replace(tokens, mask_T=tokens.mask_T & (tokens.rollout_T != 3))
-    ours = _ours(_plain("geo_mean"), tokens, "seq_mean_token_mean")
-    loss, gradient_T, _ = _verls("geo_mean", tokens, "token_mean", clip_ratio_low=0.4, clip_ratio_high=0.4)
+    mine = ours(_plain("geo_mean"), tokens, "seq_mean_token_mean")
+    loss, gradient_T, _ = verls("geo_mean", tokens, "token_mean", clip_ratio_low=0.4, clip_ratio_high=0.4)
     R = len(tokens.group_R)
-    _assert_same(ours, (loss * R / (R - 1), gradient_T * R / (R - 1)))
-
-
-@pytest.mark.parametrize("seed", SEEDS)
-@pytest.mark.parametrize("name", ["vanilla", "gspo", "cispo", "sapo", "gpg"])
-def test_importance_weights_multiply_the_loss(seed, name):
-    tokens = _tokens(seed)
-    weight_T = 2 * torch.rand(len(tokens.mask_T), generator=torch.Generator().manual_seed(seed))
-    tokens = replace(tokens, importance_T=weight_T)
-    clips = {} if name in ("sapo", "gpg") else {"clip_low": 0.1, "clip_high": 0.15}
-    ours = _ours(_plain("ppo_clip" if name == "vanilla" else name, **clips), tokens, "seq_mean_token_mean")
-    _assert_same(ours, _verls(name, tokens, "seq_mean_token_mean", clip_ratio_low=0.1, clip_ratio_high=0.15))
+    assert_same(mine, (loss * R / (R - 1), gradient_T * R / (R - 1)))
 
 
 @pytest.mark.parametrize("seed", SEEDS)
 @pytest.mark.parametrize("aggregation", ["token_mean", "seq_mean_token_mean"])
 @pytest.mark.parametrize(("fraction", "coefficient"), [(2e-4, 0.1), (2e-3, 1.0), (0.1, 1.0), (1.0, 0.5)])
 def test_kl_cov(seed, aggregation, fraction, coefficient):
-    tokens = _tokens(seed, by_token=True)
-    ours = _ours(methods.build("kl_cov", fraction=fraction, coefficient=coefficient), tokens, aggregation)
-    theirs = _verls("kl_cov", tokens, aggregation, {"kl_cov_ratio": fraction, "ppo_kl_coef": coefficient})
-    _assert_same(ours, theirs)
+    tokens = random_tokens(seed, by_token=True)
+    mine = ours(methods.build("kl_cov", fraction=fraction, coefficient=coefficient), tokens, aggregation)
+    theirs = verls("kl_cov", tokens, aggregation, {"kl_cov_ratio": fraction, "ppo_kl_coef": coefficient})
+    assert_same(mine, theirs)
 
 
 CLIPS = {"clip_ratio_low": 0.3, "clip_ratio_high": 0.3}
@@ -226,10 +146,10 @@ def _silenced(method, tokens):
 @pytest.mark.parametrize("seed", SEEDS)
 @pytest.mark.parametrize("aggregation", ["token_mean", "seq_mean_token_mean"])
 def test_clip_cov_where_the_draw_takes_all(seed, aggregation):
-    tokens = _tokens(seed, by_token=True)
+    tokens = random_tokens(seed, by_token=True)
     method, policy_loss = _clip_cov(1.0)
-    theirs = _verls("clip_cov", tokens, aggregation, policy_loss, **CLIPS)
-    _assert_same(_ours(method, tokens, aggregation), theirs)
+    theirs = verls("clip_cov", tokens, aggregation, policy_loss, **CLIPS)
+    assert_same(ours(method, tokens, aggregation), theirs)
     silent = int(_silenced(method, tokens).sum())
     assert silent > 20
     assert silent / int(tokens.mask_T.sum()) == pytest.approx(theirs[2]["actor/pg_clipfrac"], rel=1e-5)
@@ -239,25 +159,25 @@ def test_clip_cov_where_the_draw_takes_all(seed, aggregation):
 @pytest.mark.parametrize("fraction", [1e-5, 0.01, 0.04])
 def test_clip_cov_draws_as_many_from_the_same_candidates(seed, fraction):
     """The generators differ, the rest does not: give verl's draw to our loss and it is verl's loss."""
-    tokens = _tokens(seed, by_token=True)
+    tokens = random_tokens(seed, by_token=True)
     method, policy_loss = _clip_cov(fraction)
     everyone, _ = _clip_cov(1.0)
     candidate_T, drawn_T = _silenced(everyone, tokens), _silenced(method, tokens)
     torch.manual_seed(seed)
-    theirs = _verls("clip_cov", tokens, "token_mean", policy_loss, **CLIPS)
+    theirs = verls("clip_cov", tokens, "token_mean", policy_loss, **CLIPS)
     their_drawn_T = candidate_T & (theirs[1] == 0)
     assert int(drawn_T.sum()) == int(their_drawn_T.sum()) == max(1, int(fraction * int(tokens.mask_T.sum())))
     assert bool(candidate_T[drawn_T].all())
     clipped = methods.Plain(loss_fn=method.loss_fn)
-    plain = _ours(clipped, tokens, "token_mean")
+    plain = ours(clipped, tokens, "token_mean")
     assert bool((plain[1][candidate_T] != 0).all())  # so that a zero of verl's is its draw
-    kept = _ours(clipped, replace(tokens, keep_T=~their_drawn_T), "token_mean")
-    _assert_same(kept, theirs)
+    kept = ours(clipped, replace(tokens, keep_T=~their_drawn_T), "token_mean")
+    assert_same(kept, theirs)
 
 
 def test_the_authors_constants_are_ours_with_their_clip_of_one():
-    tokens = _tokens(4, by_token=True)
+    tokens = random_tokens(4, by_token=True)
     assert int(_silenced(methods.build("clip_cov", fraction=1.0), tokens).sum()) > 5
-    ours = _ours(methods.build("clip_cov", fraction=1.0), tokens, "token_mean")
-    theirs = _verls("clip_cov", tokens, "token_mean", {"clip_cov_ratio": 1.0}, clip_ratio_low=1.0, clip_ratio_high=1.0)
-    _assert_same(ours, theirs)
+    mine = ours(methods.build("clip_cov", fraction=1.0), tokens, "token_mean")
+    theirs = verls("clip_cov", tokens, "token_mean", {"clip_cov_ratio": 1.0}, clip_ratio_low=1.0, clip_ratio_high=1.0)
+    assert_same(mine, theirs)
