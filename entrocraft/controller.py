@@ -36,6 +36,12 @@ class EntropyScheduleWarning(UserWarning):
 class EntropyController:
     """Decides, batch by batch, which rollouts or tokens an update may use, so that entropy follows a schedule.
 
+        m = +1 where H > target(k) + width, -1 where H < target(k) - width, else 0
+        want = (target(k + 1) - H) / gain
+
+    with H the batch's mean entropy at step k; a rule judges by these. Aggregation: that of the rule (`rules`). Source:
+    arXiv 2604.26326, Algorithm 1, for the band and m; want, gain, `Guard` and `Release` are this project's.
+
     Args:
         schedule: step to target entropy in nats, any callable; or a `Band`, which brings its own width.
         rule: a value of `rules`, or any `Rule`, or the name of one.

@@ -2,7 +2,9 @@
 
 Any callable of one step is a schedule; those here are checked when they are built and hold their end value for
 ever after, so nothing else needs to know how many steps there are. `f` is the share of the way gone,
-`clamp((step - begin) / steps, 0, 1)`. Forms: linear and cosine as in the released code of arXiv 2604.26326.
+`clamp((step - begin) / steps, 0, 1)`. Entropy: what it is asked to be; getting there is the controller's, or a
+method's. Source: linear and cosine are forms of the released code of arXiv 2604.26326; the others are known as
+schedules of learning rates, and their use for entropy is this project's.
 """
 
 import bisect

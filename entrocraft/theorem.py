@@ -64,7 +64,12 @@ class TheoremCondition:
 def theorem_condition(
     stats: TokenStats, rollout_T: Tensor, mask_T: Tensor | None, advantage_R: Tensor
 ) -> TheoremCondition:
-    """The condition of both theorems for every counted token and every rollout of a batch; not differentiable.
+    """LL > OSB, the condition of both theorems, for every counted token and rollout of a batch; not differentiable.
+
+        LL_k - OSB_k = (S_k - Sbar) / (p_k (1 - 2 p_k + Q2))        of a sequence: sum (S - Sbar) / sum p (1 - 2 p + Q2)
+
+    Entropy: where it holds, a step on a token with A > 0 lowers the row's entropy and one with A < 0 raises it.
+    Source: arXiv 2604.26326 v2, Theorems 1 and 2; the closed form is this project's.
 
     Exact for rows of independent logits and an on-policy gradient step. It is a property of a row and its token: the
     share of tokens where it holds is large for peaked rows and small for flat ones, and is no probability.

@@ -184,17 +184,27 @@ def subsample(
 
 
 def loss_scale(kept: int, target: int) -> float:
-    """min(1, kept / target): what to multiply a loss that averages over the kept by where the budget ran out."""
+    """min(1, kept / target): what to multiply a loss that averages over the kept by where the budget ran out.
+
+    Such a loss then weighs each rollout as in a full batch. Entropy: nothing by itself. Source: this project.
+    """
     return min(1.0, _fraction(kept, target))
 
 
 def step_scale(kept: int, target: int) -> float:
-    """min(1, sqrt(kept / target)): for the learning rate of a loss averaged over the kept, without more sampling."""
+    """min(1, sqrt(kept / target)): for the learning rate of a loss averaged over the kept, without more sampling.
+
+    Adam's rate goes with the square root of the batch size. Entropy: nothing by itself. Source: Malladi et al.
+    (arXiv 2205.10287).
+    """
     return min(1.0, math.sqrt(_fraction(kept, target)))
 
 
 def effective_share(weight_R: np.ndarray) -> float:
-    """(sum w)^2 / (R sum w^2), in [0, 1]: effective sample size over R of weights >= 0; 0 where all are 0."""
+    """(sum w)^2 / (R sum w^2), in [0, 1]: effective sample size over R of weights >= 0; 0 where all are 0.
+
+    Source: Kish, Survey Sampling (1965).
+    """
     square = math.fsum(weight_R**2) * len(weight_R)
     return math.fsum(weight_R) ** 2 / square if square > 0 else 0.0
 
