@@ -16,6 +16,7 @@ from entrocraft import Decision, Rollouts, TokenStats
 from entrocraft.losses import KEPT_DENOMINATORS
 from entrocraft.train.data import Problem
 from entrocraft.train.evaluation import Grader, completion_texts, grade
+from entrocraft.train.length_limit import at_the_limit
 from entrocraft.train.rewards import RewardBatch
 from entrocraft.train.run import Run, check_finite
 from entrocraft.train.spread import join, merged
@@ -104,7 +105,8 @@ def sample_wave(run: Run, pool: Grader, prompts: int, clock: Clock, *, first_pro
     problems = tuple(run.problems[i] for i in drawn.chosen)
     rewards = grade(drawn.rollouts, completion_texts(drawn.rollouts, run.policy), problems, pool)
     clock.lap("reward")
-    return Graded(rollouts=drawn.rollouts, rewards=rewards, problems=problems, age=age)
+    rollouts, rewards = at_the_limit(run.config, drawn.rollouts, rewards)
+    return Graded(rollouts=rollouts, rewards=rewards, problems=problems, age=age)
 
 
 def collect(run: Run, pool: Grader, clock: Clock) -> Graded:
@@ -128,7 +130,7 @@ def collect(run: Run, pool: Grader, clock: Clock) -> Graded:
 def judge(run: Run, pool: Grader, sampled: Graded, clock: Clock) -> Judged:
     """Scores and decides; with `oversample`, samples on until enough is kept or the budget is spent.
 
-    Raises NonFiniteError for a batch without a verdict, or with a score that is no number.
+    Raises NonFiniteError for a batch without a verdict, without a token that counts, or with a score that is no number.
     """
     before = run.controller.state_dict(), run.method_state
     stats, wave = _scored(run, sampled, clock), 1
@@ -167,7 +169,7 @@ def judge(run: Run, pool: Grader, sampled: Graded, clock: Clock) -> Judged:
 
 
 def _scored(run: Run, graded: Graded, clock: Clock) -> TokenStats:
-    check_verdicts(graded.rewards)
+    check_verdicts(graded.rewards, graded.rollouts)
     stats = run.policy.score(
         graded.rollouts, run.config.batch.tokens_per_microbatch, clamped_share=run.method.clamped_share
     )
@@ -185,9 +187,10 @@ def _learnt(run: Run, sampled: Graded) -> tuple[Graded, Tensor]:
     keep_P = sampled.varied_P()
     if run.waves is None:  # a full wave and no more, where the last one was too lucky
         keep_P &= torch.cumsum(keep_P, 0) <= run.config.batch.prompts_per_step
-    if not bool(keep_P.any()):  # nothing to learn, and nothing gained by an empty batch
+    keep_T = keep_P[sampled.rollouts.group_R][sampled.rollouts.rollout_T]
+    if not bool((keep_T & sampled.rollouts.mask_T).any()):  # nothing to learn, and nothing gained by an empty batch
         return sampled, every_T
-    return sampled.groups(keep_P), every_T[keep_P[sampled.rollouts.group_R][sampled.rollouts.rollout_T]]
+    return sampled.groups(keep_P), every_T[keep_T]
 
 
 def _filter_metrics(run: Run, sampled: Graded, learnt: Graded) -> dict[str, float]:

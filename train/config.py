@@ -73,10 +73,20 @@ class RewardConfig:
     """Seconds one rollout may take; then its worker is killed and the rollout has no verdict."""
     signed: bool = False
     """Map scores 0..1 of `name` to -1..+1; the rule `switch` needs -1/+1."""
+    overlong_buffer: int = 0
+    """Tokens before `sampling.max_response_tokens` that cost reward, the more the nearer to it (DAPO); 0 is off."""
+    overlong_factor: float = 1.0
+    """What a response at the limit loses by that."""
+    truncated: Literal["keep", "mask", "no_verdict"] = "keep"
+    """Responses that the limit cut off: `keep` what the reward says; `mask` their tokens out of the loss, their reward
+    still counting in its group (DAPO's overlong filtering); `no_verdict` teaches nothing and counts nowhere."""
 
     def __post_init__(self) -> None:
         require(self.workers >= 0, "reward.workers", self.workers, "0 or more")
         require(self.timeout_s > 0, "reward.timeout_s", self.timeout_s, "a number of seconds above 0")
+        require(self.overlong_buffer >= 0, "reward.overlong_buffer", self.overlong_buffer, "0 or more tokens")
+        finite = 0 <= self.overlong_factor < float("inf")
+        require(finite, "reward.overlong_factor", self.overlong_factor, "a finite number >= 0, such as 1.0")
         require(self.name not in self.also, "reward.also", self.also, f"rewards other than reward.name = {self.name}")
 
 
@@ -266,6 +276,13 @@ class Config:
             self.engine.overlap,
             "false beside refill.oversample and refill.zero_variance = 'refill': how many prompts a step draws is not "
             "known a step ahead",
+        )
+        longest = self.sampling.max_response_tokens
+        require(
+            self.reward.overlong_buffer <= longest,
+            "reward.overlong_buffer",
+            self.reward.overlong_buffer,
+            f"at most sampling.max_response_tokens = {longest}, of which it is the last part",
         )
         if self.entropy.preset is not None:  # what is saved with the run must be what ran
             for name, value in (("loss.aggregation", self.loss.aggregation), ("entropy.gamma", self.entropy.gamma)):

@@ -52,12 +52,19 @@ def _mean(value_R: torch.Tensor, of_R: torch.Tensor) -> float:
     return value_R[of_R].float().mean().item() if bool(of_R.any()) else math.nan
 
 
-def check_verdicts(rewards: RewardBatch) -> None:
-    """Raises NonFiniteError when no rollout of the batch has a verdict: there is nothing to learn from."""
+def check_verdicts(rewards: RewardBatch, rollouts: Rollouts) -> None:
+    """Raises NonFiniteError when no rollout of the batch has a verdict, or no token counts: nothing to learn from."""
+    cut = int(rollouts.truncated_R.sum())
+    if not bool(rollouts.mask_T.any()):
+        raise NonFiniteError(
+            f"none of the tokens of {rollouts.R} rollouts counts; {cut} of them were cut off, which reward.truncated "
+            "may have masked: raise sampling.max_response_tokens"
+        )
     if bool(rewards.reward_R.isnan().all()):
         raise NonFiniteError(
             f"none of {len(rewards.reward_R)} rollouts has a verdict: {rewards.errors} errors, {rewards.timeouts} "
-            f"time-outs, {rewards.unscorable} returned None; the first error: {rewards.first_error}"
+            f"time-outs, {rewards.unscorable} returned None, {cut} were cut off (reward.truncated); the first error: "
+            f"{rewards.first_error}"
         )
 
 

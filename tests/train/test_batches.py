@@ -92,6 +92,27 @@ def test_groups_without_a_signal_are_kept_filtered_or_refilled(work):
     assert filtered[0]["authority"] > kept[0]["authority"]
 
 
+def test_responses_at_the_limit_cost_reward_or_leave_the_batch(work):
+    long = ("--sampling.max_response_tokens=140", "--model.tiny.context=192")  # an end mark is one of 260 tokens
+    kept, cost, masked, silent = (
+        rows(name, *long, *arguments, steps=1)[0]
+        for name, arguments in (
+            ("kept", ()),
+            ("cost", ("--reward.overlong_buffer=1", "--reward.overlong_factor=0.5")),
+            ("masked", ("--reward.truncated=mask",)),
+            ("silent", ("--reward.truncated=no_verdict",)),
+        )
+    )
+    share = kept["truncated_fraction"]
+    assert 0.4 < share < 0.9
+    assert cost["reward"] == pytest.approx(kept["reward"] - 0.5 * share)  # of 140 tokens, and of no fewer
+    assert masked["reward"] == kept["reward"]
+    assert masked["entropy"] != kept["entropy"] == cost["entropy"] == silent["entropy"]
+    assert silent["reward"] != kept["reward"]
+    assert silent["active_fraction"] <= 1.0 - share
+    assert min(row["updates"] for row in (kept, cost, masked, silent)) == 1
+
+
 def test_nothing_to_learn_from_is_a_step_without_an_update(work):
     for row in rows("none", "--reward.name=signal_rewards:same", "--refill.zero_variance=refill"):
         assert row["updates"] == 0
