@@ -57,11 +57,19 @@ RULES: dict[str, rules.Rule] = {
     "first_order token": rules.first_order(level="token"),
     "budget": rules.budget(),
     "budget token": rules.budget(level="token"),
+    "budget token weighed": rules.budget(level="token", max_weight=3.0),
     "group_scale hard": corrections.group_scale(rule="hard", smooth=False),
     "group_scale soft": corrections.group_scale(rule=rules.soft(gamma=1.5), smooth=False),
+    "group_scale hard smooth": corrections.group_scale(rule="hard"),
     "tempered soft": corrections.tempered(rule=rules.soft(gamma=1.5), kappa=0.5, w_max=3.0),
     "tempered soft_expected": corrections.tempered(rule=rules.soft_expected(gamma=1.5), kappa=0.5, w_max=3.0),
 }
+
+
+def gain_of(rule: str) -> float:
+    """Realised over predicted change, so low for the rule that weighs what it keeps that rejecting falls short."""
+    return 0.5 if rule.endswith("weighed") else GAIN
+
 
 # Most of the batch is on policy or far off it: clips that bind between are narrow, or another line.
 METHOD_STATES: dict[str, State] = STATES | {
@@ -143,7 +151,7 @@ def decision_on(loss: str, advantage: str, rule: str, direction: int) -> Decisio
     estimate = estimate_of(advantage)
     schedule = schedules.constant(estimate.entropy - SHIFT * direction)
     controller = EntropyController(
-        schedule, RULES[rule], seed=SEED, width=0.02, initial_gain=GAIN,
+        schedule, RULES[rule], seed=SEED, width=0.02, initial_gain=gain_of(rule),
         min_kept_fraction=0.0, min_groups=0, min_authority=0.0,
     )  # fmt: skip
     decision = controller.decide(
