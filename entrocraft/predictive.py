@@ -23,7 +23,7 @@ class first_order:
     level: "sequence" judges a rollout by the sum D over its tokens; "token" judges each token by its own.
     A = 0 has D = 0 and always passes. Aggregation: any but `losses.KEPT_DENOMINATORS`, as for `budget`. Entropy: moves
     towards the band by construction, with all there is; far out of band it may keep a few per cent of the rollouts.
-    By tokens, of all that came within 0.015 nats of curves that fall, it gave up least reward
+    By tokens it gave up least reward of all that held falling curves as closely, on both of the benchmark's tasks
     (bench/results/entropy_tracking/table.md): inside the band it rejects nothing.
     Source: this project.
     """

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from entrocraft import Decision, EntropyController, TokenStats, advantages
 
-sys.path.insert(0, str(Path(__file__).parent))  # for acting_methods and combinations
+sys.path.insert(0, str(Path(__file__).parent))  # for acting_methods, combinations and rules_by_hand
 
 
 def _stats(logits_TV: Tensor, token_T: Tensor, temperature: float | Tensor = 1.0) -> TokenStats:
