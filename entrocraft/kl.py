@@ -1,7 +1,6 @@
 """Estimates of KL(pi || ref) from the log-probability of the sampled token, Schulman's three and their corrections.
 
-All are penalties, one number a token, with d = ref_logprob - logprob and the token drawn from pi. Aggregation: that of
-the loss they are added to.
+All are penalties, one number a token, with d = ref_logprob - logprob and the token drawn from pi.
 """
 
 import torch
@@ -16,7 +15,8 @@ _K3_LIMIT = 10.0
 def k1(logprob_T: Tensor, ref_logprob_T: Tensor) -> Tensor:
     """k1 = -d = logprob - ref_logprob, `[T]`, nats: unbiased. Its gradient has mean 0: no penalty when differentiated.
 
-    Entropy: nothing in expectation, for that reason. Source: Schulman, Approximating KL divergence (2020).
+    Aggregation: that of the loss it is added to. Entropy: nothing in expectation, for that reason. Source: Schulman,
+    Approximating KL divergence (2020).
     """
     return -_difference(logprob_T, ref_logprob_T)
 
@@ -24,7 +24,7 @@ def k1(logprob_T: Tensor, ref_logprob_T: Tensor) -> Tensor:
 def k2(logprob_T: Tensor, ref_logprob_T: Tensor) -> Tensor:
     """k2 = d^2 / 2, `[T]`: biased, but its gradient is an unbiased one of the KL.
 
-    Entropy: held up by a reference of higher entropy, without a set-point. Source: as `k1`.
+    Aggregation: as `k1`. Entropy: held up by a reference of higher entropy, without a set-point. Source: as `k1`.
     """
     return 0.5 * _difference(logprob_T, ref_logprob_T).square()
 
@@ -32,8 +32,8 @@ def k2(logprob_T: Tensor, ref_logprob_T: Tensor) -> Tensor:
 def k3(logprob_T: Tensor, ref_logprob_T: Tensor) -> Tensor:
     """k3 = e^d - d - 1, `[T]`: unbiased, >= 0, of low variance; its gradient is that of the reverse, KL(ref || pi).
 
-    d is clamped to [-20, 20] and the value to 10, as trainers do: beyond, it is biased and has no gradient. Entropy: as
-    `k2`. Source: as `k1`; the clamps as in verl.
+    d is clamped to [-20, 20] and the value to 10, as trainers do: beyond, it is biased and has no gradient.
+    Aggregation: as `k1`. Entropy: as `k2`. Source: as `k1`; the clamps as in verl.
     """
     d_T = _difference(logprob_T, ref_logprob_T).clamp(-_LIMIT, _LIMIT)
     return (d_T.exp() - d_T - 1.0).clamp(max=_K3_LIMIT)
@@ -42,7 +42,7 @@ def k3(logprob_T: Tensor, ref_logprob_T: Tensor) -> Tensor:
 def k1_plus(logprob_T: Tensor, ref_logprob_T: Tensor) -> Tensor:
     """k1+ = sg[k1 - k2] + k2, `[T]`: the value of k1 with the gradient of k2 (straight-through), both unbiased.
 
-    Entropy: as `k2`. Source: verl.
+    Aggregation: as `k1`. Entropy: as `k2`. Source: verl.
     """
     return _straight_through(k1(logprob_T, ref_logprob_T), logprob_T, ref_logprob_T)
 
@@ -50,7 +50,7 @@ def k1_plus(logprob_T: Tensor, ref_logprob_T: Tensor) -> Tensor:
 def k3_plus(logprob_T: Tensor, ref_logprob_T: Tensor) -> Tensor:
     """k3+ = sg[k3 - k2] + k2, `[T]`: the value of k3 with the gradient of k2, which the clamps of k3 leave alone.
 
-    Entropy: as `k2`. Source: verl.
+    Aggregation: as `k1`. Entropy: as `k2`. Source: verl.
     """
     return _straight_through(k3(logprob_T, ref_logprob_T), logprob_T, ref_logprob_T)
 

@@ -284,6 +284,13 @@ class Config:
             self.reward.overlong_buffer,
             f"at most sampling.max_response_tokens = {longest}, of which it is the last part",
         )
+        switches = self.entropy.rule == "switch" or self.entropy.preset == "paper_code"
+        require(
+            not (switches and self.reward.overlong_buffer),
+            "reward.overlong_buffer",
+            self.reward.overlong_buffer,
+            "0 beside the rule 'switch' (preset 'paper_code'), which needs rewards of -1 and +1",
+        )
         if self.entropy.preset is not None:  # what is saved with the run must be what ran
             for name, value in (("loss.aggregation", self.loss.aggregation), ("entropy.gamma", self.entropy.gamma)):
                 require(value is None, name, value, f"nothing: entropy.preset = {self.entropy.preset!r} brings its own")

@@ -34,7 +34,7 @@ REGISTRIES: dict[str, tuple[Mapping[str, Any], tuple[str, ...]]] = {
     "loss": (LOSSES, LOSS),
     "method": (METHODS, LOSS),
     "rule": (RULES, (*ALWAYS, "Aggregation:")),
-    "kl": (ESTIMATORS, (*ALWAYS, "an equation")),
+    "kl": (ESTIMATORS, LOSS),
 }
 OTHERS = {
     "token_weights": (token_weights, ALWAYS),

@@ -82,8 +82,13 @@ def test_a_batch_of_which_nothing_is_left_is_no_step() -> None:
         ("--reward.overlong_buffer=-1", "reward.overlong_buffer = -1: expected 0 or more tokens"),
         ("--reward.overlong_factor=-1", "reward.overlong_factor = -1.0: expected a finite number >= 0"),
         ("--reward.truncated=drop", "truncated"),
+        (
+            "--reward.overlong_buffer=2 --entropy.rule=switch",
+            "overlong_buffer = 2: expected 0 beside the rule",
+        ),
+        ("--reward.overlong_buffer=2 --entropy.preset=paper_code", "overlong_buffer = 2: expected 0 beside"),
     ],
 )
 def test_bad_settings_are_named(argument: str, message: str) -> None:
     with pytest.raises((ValueError, SystemExit), match=message):
-        load_config([*FILES, argument])
+        load_config([*FILES, *argument.split()])

@@ -5,6 +5,7 @@ TRL pads prompts on the left and completions on the right, and answers through i
 head sums in fp32 whatever it is given, and a log-probability of -6 is known to 5e-7 then: hence the tolerances.
 """
 
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from functools import partial
@@ -25,6 +26,8 @@ from entrocraft.train.config_model import TinyModelConfig
 from entrocraft.train.policy import Policy
 from entrocraft.train.step import Share, accumulate
 from entrocraft.train.tiny_model import build_tiny_model
+
+sys.path.insert(0, str(Path(__file__).parent))  # for loss_types
 
 EXPECTED = 100
 PROMPTS, SAMPLES, LONGEST = 4, 4, 16

@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from loss_types import AGGREGATIONS
 
 from entrocraft.entropy_bonus import AdaptiveBonus, EntropyBonus
 from entrocraft.losses import PPOClip, token_weights
@@ -11,13 +12,6 @@ from entrocraft.methods import Plain, Signal
 
 CLIP = {"epsilon": 0.2, "epsilon_high": 0.2}
 PPO = PPOClip(dual_clip=None)
-AGGREGATIONS = {
-    "grpo": "seq_mean_token_mean",
-    "bnpo": "token_mean",
-    "dr_grpo": "fixed",
-    "dapo": "token_mean",
-    "luspo": "seq_mean_token_sum",
-}
 
 
 def _mean(batch):

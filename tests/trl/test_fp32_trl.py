@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from loss_types import AGGREGATIONS, OWN
 from torch import Tensor
 
 from entrocraft import TokenStats
@@ -16,16 +17,7 @@ from entrocraft.losses import PPOClip
 from entrocraft.methods import Method, Plain, Tokens, make_objective
 from entrocraft.surrogates import build_loss
 
-AGGREGATIONS = {
-    "grpo": "seq_mean_token_mean",
-    "bnpo": "token_mean",
-    "dr_grpo": "fixed",
-    "dapo": "token_mean",
-    "luspo": "seq_mean_token_sum",
-    "cispo": "token_mean",
-    "sapo": "seq_mean_token_mean",
-}
-CLIPS = ["grpo", "bnpo", "dr_grpo", "dapo", "luspo"]
+CLIPS = list(AGGREGATIONS)
 PPO = PPOClip(dual_clip=None)
 
 
@@ -93,7 +85,7 @@ def test_policy_losses(pair, monkeypatch, name, arguments: dict[str, Any], loss_
     batch = pair.batch(seed, by_token=name != "gspo")
     for loss_type in loss_types:
         method = Plain(loss_fn=build_loss(name, **arguments))
-        ours = _ours(method, batch, AGGREGATIONS[loss_type], spread)
+        ours = _ours(method, batch, (AGGREGATIONS | OWN)[loss_type], spread)
         _assert_same(ours, _theirs(pair.trainer(loss_type, **config), batch, spread, monkeypatch))
 
 

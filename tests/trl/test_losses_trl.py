@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from loss_types import AGGREGATIONS, OWN
 from trl import GRPOTrainer
 
 from entrocraft.kl import kl
@@ -13,15 +14,6 @@ from entrocraft.methods import Plain
 from entrocraft.objective import Term
 from entrocraft.surrogates import build_loss
 
-# TRL's loss type: the aggregation that is the same. cispo and sapo have losses of their own besides.
-AGGREGATIONS = {
-    "grpo": "seq_mean_token_mean",
-    "bnpo": "token_mean",
-    "dr_grpo": "fixed",
-    "dapo": "token_mean",
-    "luspo": "seq_mean_token_sum",
-}
-OWN = {"cispo": "token_mean", "sapo": "seq_mean_token_mean"}
 # Gamma weights of a product of ratios: no such loss here. Nor a ratio of sequences in cispo and sapo.
 NOT_OURS = {"vespo"}
 CLIP = {"epsilon": 0.2, "epsilon_high": 0.2}
