@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from pathlib import Path
 
 import matplotlib as mpl
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from matplotlib.text import Annotation
+from matplotlib.transforms import Bbox
 from tracking_cases import FREE, OWN, TARGETED, TASKS, Case
 from tracking_runs import Means, Run
 from tracking_tables import panel_of
@@ -39,7 +42,8 @@ def plot_curves(runs: dict[str, Run], panel: tuple[str, str, str], path: Path) -
 
 def plot_frontier(table: Means, task: str, path: Path) -> None:
     """Tracking error on the falling line against reward and distinct right answers (pass@8 where there is one right
-    answer), a point a method with its spread; hollow where a quarter of the steps and more went uncontrolled."""
+    answer), a point a method with its spread; hollow where a quarter of the steps and more went uncontrolled. A
+    name that has no room beside its point is left out, from the tightest method on: the table has it."""
     columns = ("final_reward", "distinct" if task == "sums" else "pass_at_8")
     label = {"final_reward": "reward, last tenth of the steps", "distinct": "distinct right answers of 8",
              "pass_at_8": "pass@8"}  # fmt: skip
@@ -47,8 +51,9 @@ def plot_frontier(table: Means, task: str, path: Path) -> None:
     axes = figure.subplots(2, 2)
     for line, regime in zip(axes, TASKS[task].regimes, strict=True):
         for axis, column in zip(line, columns, strict=True):
-            for row in table.values():
-                if panel_of(row) != (task, "line", regime) or row["method"] not in FREE | TARGETED:
+            here = [row for row in table.values() if panel_of(row) == (task, "line", regime)]
+            for row in sorted(here, key=lambda row: row["error"]):
+                if row["method"] not in FREE | TARGETED:
                     continue
                 colour = GREY if row["method"] in FREE else BLUE if row["method"] in OWN else ORANGE
                 hollow = (row["bypassed"] or 0.0) >= 0.25
@@ -65,7 +70,22 @@ def plot_frontier(table: Means, task: str, path: Path) -> None:
     kinds = (("this project's", BLUE), ("published, seeks a target", ORANGE), ("seeks none", GREY))
     handles = [Line2D([], [], marker="o", ls="", color=colour, label=name) for name, colour in kinds]
     axes[0, 0].legend(handles=handles, fontsize=7, loc="best")
+    figure.draw_without_rendering()  # only then is it known where the points stand
+    for axis in axes.flat:
+        _place_names(name for name in axis.texts if isinstance(name, Annotation))
     figure.savefig(path, dpi=110)
+
+
+def _place_names(names: Iterable[Annotation]) -> None:
+    """Each name to the first corner of its point where it covers no name before it; hidden if there is none."""
+    placed: list[Bbox] = []
+    for name in names:
+        for side, x, y in (("left", 3, 2), ("left", 3, -8), ("right", -3, 2), ("right", -3, -8)):
+            name.set(horizontalalignment=side, position=(x, y))
+            if free := not name.get_window_extent().count_overlaps(placed):
+                break
+        name.set_visible(free)
+        placed += [name.get_window_extent()] if free else []
 
 
 def plot_failure(runs: dict[str, Run], regime: str, path: Path) -> None:
