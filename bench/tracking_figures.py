@@ -17,6 +17,8 @@ from tracking_tables import panel_of
 
 mpl.use("Agg")
 
+# These find room for their names before others.
+NAMED = (*OWN, "adaptive_bonus", "adaptive_bonus_wide", "hard", "soft", "switch", "none")
 BLUE, ORANGE, RED, GREY = "#0072B2", "#E69F00", "#D55E00", "#888888"
 
 
@@ -43,7 +45,7 @@ def plot_curves(runs: dict[str, Run], panel: tuple[str, str, str], path: Path) -
 def plot_frontier(table: Means, task: str, path: Path) -> None:
     """Tracking error on the falling line against reward and distinct right answers (pass@8 where there is one right
     answer), a point a method with its spread; hollow where a quarter of the steps and more went uncontrolled. A
-    name that has no room beside its point is left out, from the tightest method on: the table has it."""
+    name that has no room beside its point is left out, of the loosest first; the table has it."""
     columns = ("final_reward", "distinct" if task == "sums" else "pass_at_8")
     label = {"final_reward": "reward, last tenth of the steps", "distinct": "distinct right answers of 8",
              "pass_at_8": "pass@8"}  # fmt: skip
@@ -52,7 +54,7 @@ def plot_frontier(table: Means, task: str, path: Path) -> None:
     for line, regime in zip(axes, TASKS[task].regimes, strict=True):
         for axis, column in zip(line, columns, strict=True):
             here = [row for row in table.values() if panel_of(row) == (task, "line", regime)]
-            for row in sorted(here, key=lambda row: row["error"]):
+            for row in sorted(here, key=lambda row: (row["method"] not in NAMED, row["error"])):
                 if row["method"] not in FREE | TARGETED:
                     continue
                 colour = GREY if row["method"] in FREE else BLUE if row["method"] in OWN else ORANGE
@@ -77,15 +79,18 @@ def plot_frontier(table: Means, task: str, path: Path) -> None:
 
 
 def _place_names(names: Iterable[Annotation]) -> None:
-    """Each name to the first corner of its point where it covers no name before it; hidden if there is none."""
+    """Each name to the first place by its point where it covers no name before it; hidden if there is none."""
+    sides = (("left", 3, 2), ("left", 3, -8), ("right", -3, 2), ("right", -3, -8), ("center", 0, 6))
     placed: list[Bbox] = []
     for name in names:
-        for side, x, y in (("left", 3, 2), ("left", 3, -8), ("right", -3, 2), ("right", -3, -8)):
+        name.set_visible(False)
+        for side, x, y in sides:
             name.set(horizontalalignment=side, position=(x, y))
-            if free := not name.get_window_extent().count_overlaps(placed):
+            box = name.get_window_extent()
+            if not box.count_overlaps(placed):
+                name.set_visible(True)
+                placed.append(box)
                 break
-        name.set_visible(free)
-        placed += [name.get_window_extent()] if free else []
 
 
 def plot_failure(runs: dict[str, Run], regime: str, path: Path) -> None:

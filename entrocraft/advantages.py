@@ -145,6 +145,10 @@ ADVANTAGES: dict[str, Advantage | Callable[..., Advantage]] = {
 }
 
 
+# What these see of a reward is whether it is above 0.
+SIGN_ONLY = frozenset({"raft", "raft_pp", "psr", "nsr", "nsr_parity", "w_reinforce"})
+
+
 def members(estimator: Advantage, reward_R: Tensor, group_R: Tensor) -> Tensor | None:
     """bool `[R]`: rollouts that the estimator leaves in the batch; None where it takes none out."""
     choose = getattr(estimator, "members", None)

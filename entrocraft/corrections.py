@@ -22,7 +22,7 @@ from entrocraft.verdict import Rule, RuleInputs, Verdict, check_verdict
 class group_scale:
     """Weigh all rollouts of a prompt x by c_x, which gives its expected gradient back the size it has unfiltered.
 
-        c_x = sum_i A_i^2 / sum_i a_i A'_i A_i        over the rollouts of the prompt
+        c_x = sum_i A_i^2 / sum_i a_i A'_i A_i        over the prompt's rollouts that have a token in the loss
 
     A' is the advantage the wrapped rule hands back, mostly A itself. With rewards of two values and a share q of
     correct rollouts: c_x = 1 / (a_+ (1 - q) + a_- q); 1 / (1 - q) where only correct ones pass, 1 / q where only wrong
@@ -61,14 +61,14 @@ class group_scale:
         verdict, inner_R = _inner(self.rule, inputs)
         weight_R = inner_R * self.scale(inputs, verdict)
         if self.renormalise:
-            size_R = np.abs(verdict.advantage_R) * verdict.keep_R
+            size_R = np.abs(verdict.advantage_R) * (verdict.keep_R & (_counted(inputs) > 0))
             before, after = math.fsum(size_R * inner_R), math.fsum(size_R * weight_R)
             weight_R = weight_R * (before / after if after > 0 else 1.0)
         return _weighted(verdict, weight_R)
 
     def scale(self, inputs: RuleInputs, verdict: Verdict) -> np.ndarray:
         """c_x of each rollout's prompt, float64 `[R]`, for the verdict of the wrapped rule."""
-        given_R = inputs.advantage_R
+        given_R = np.where(_counted(inputs) > 0, inputs.advantage_R, 0.0)
         full_R = given_R**2
         passed_R = let_through(inputs, verdict) * verdict.advantage_R * given_R
         scale_R = np.ones(len(given_R))
@@ -146,11 +146,13 @@ def let_through(inputs: RuleInputs, verdict: Verdict) -> np.ndarray:
     elif verdict.keep_T is None:
         passed_R = verdict.keep_R.astype(np.float64)
     else:
-        rollouts = len(inputs.group_R)
-        counted_R = per_rollout(inputs.mask_T, inputs.rollout_T, rollouts)
-        kept_R = per_rollout(inputs.mask_T & verdict.keep_T, inputs.rollout_T, rollouts)
-        passed_R = kept_R / np.maximum(counted_R, 1.0)
+        kept_R = per_rollout(inputs.mask_T & verdict.keep_T, inputs.rollout_T, len(inputs.group_R))
+        passed_R = kept_R / np.maximum(_counted(inputs), 1.0)
     return passed_R if verdict.weight_R is None else passed_R * verdict.weight_R
+
+
+def _counted(inputs: RuleInputs) -> np.ndarray:
+    return per_rollout(inputs.mask_T, inputs.rollout_T, len(inputs.group_R))
 
 
 def wrapped(rule: Rule | str | Mapping[str, Any]) -> Rule:

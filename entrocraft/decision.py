@@ -72,17 +72,17 @@ def keep_metrics(batch: Batch, verdict: Verdict) -> dict[str, float]:
     """What was kept; a weight of 0 rejects a rollout. Where single tokens are judged look at the tokens' fraction:
     those of rollouts count each that keeps any.
 
-    authority: share of rollouts with an advantage other than 0. active_fraction: of all rollouts, those kept with an
-    advantage in the loss other than 0; active_fraction_negative: with one below 0 (what collapses in arXiv 2604.26326,
-    App. C.5); kept_groups: the prompts of the active. acceptance_mean: mean chance of being kept, which for a rule that
-    does not draw is the kept fraction itself. weight_min, weight_mean, weight_max: of what the advantage of each
-    kept rollout is multiplied by (c_x under `corrections.group_scale`), 1 where the rule does not weigh.
+    authority: share of rollouts with an advantage other than 0 and a token that counts. active_fraction: of all
+    rollouts, those of them that are kept; active_fraction_negative: with an advantage below 0 (what collapses in arXiv
+    2604.26326, App. C.5); kept_groups: the prompts of the active. acceptance_mean: mean chance of being kept, which for
+    a rule that does not draw is the kept fraction itself. weight_min, weight_mean, weight_max: of what the advantage of
+    each kept rollout is multiplied by (c_x under `corrections.group_scale`), 1 where the rule does not weigh.
     effective_share: effective sample size of those weights over R, rejected rollouts weighing 0; the kept fraction
     where all weigh the same.
     """
     keep_R = taught(verdict)
     chance_R = keep_R if verdict.probability_R is None else verdict.probability_R
-    active_R = keep_R & (verdict.advantage_R != 0)
+    active_R = keep_R & (verdict.advantage_R != 0) & (batch.counted_R > 0)
     weight_R = keep_R * (1.0 if verdict.weight_R is None else verdict.weight_R)
     weight_N = weight_R[keep_R]
     tokens = float(batch.counted_R[keep_R].sum())

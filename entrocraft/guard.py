@@ -15,12 +15,12 @@ _ROUNDING_SHARE = 1e-6
 class Guard:
     """Limits below which a decision is set aside and everything is kept, for this step, with a reason.
 
-    min_kept_fraction: share of all rollouts that must be kept with an advantage, and a weight (`Verdict.weight_R`),
-        other than 0. Where single tokens are judged, a rollout counts only if it keeps a token of the loss whose
+    min_kept_fraction: share of all rollouts that must be kept with a token that counts, and an advantage and a weight
+        (`Verdict.weight_R`) other than 0. Where single tokens are judged, a rollout counts only if it keeps one whose
         predicted change is not 0 (beyond rounding): tokens the policy is certain of always pass and teach nothing.
     min_groups: distinct prompts those must come from, at most a quarter of the batch's prompts, at least one.
-    min_authority: share of all rollouts that must have an advantage other than 0 to begin with; without it there is
-        nothing to accept or reject, and the entropy is out of the controller's hands.
+    min_authority: share of all rollouts that must have a token that counts and an advantage other than 0 to begin
+        with; without it there is nothing to accept or reject, and the entropy is out of the controller's hands.
 
     Some rollout must be kept with an advantage, and some must have one, however low the limits, unless all three are
     0: that switches the guard off, for runs that must train on whatever is left as the released code of arXiv
@@ -98,14 +98,14 @@ def taught(verdict: Verdict) -> np.ndarray:
 
 
 def carrying(batch: Batch, verdict: Verdict) -> np.ndarray:
-    """bool `[R]`: rollouts with an advantage other than 0, as given or as the rule replaced it."""
-    return (batch.advantage_R != 0) | (verdict.advantage_R != 0)
+    """bool `[R]`: rollouts with a token that counts, and an advantage other than 0, given or put in its place."""
+    return (batch.counted_R > 0) & ((batch.advantage_R != 0) | (verdict.advantage_R != 0))
 
 
 def _kept(batch: Batch, verdict: Verdict, change_T: np.ndarray | None) -> np.ndarray:
-    """bool `[R]`: rollouts that keep something of use; single tokens must be of the loss, and move entropy."""
+    """bool `[R]`: rollouts that keep a token of the loss; where single tokens are judged, one that moves entropy."""
     if verdict.keep_T is None:
-        return taught(verdict)
+        return taught(verdict) & (batch.counted_R > 0)
     useful_T = verdict.keep_T & batch.mask_T
     if change_T is not None:
         size_T = np.abs(change_T)

@@ -125,7 +125,7 @@ def _reach(inputs: RuleInputs, need: float, gain: float, *, tokens: bool) -> flo
 
 def _kept_share(batch: Batch, verdict: Verdict) -> float:
     if verdict.keep_T is None:
-        return float(taught(verdict).mean())
+        return float(taught(verdict)[batch.counted_R > 0].mean())
     return _kept_tokens(batch, verdict) / len(batch.entropy_N)
 
 

@@ -133,6 +133,7 @@ def judge(run: Run, pool: Grader, sampled: Graded, clock: Clock) -> Judged:
     Raises NonFiniteError for a batch without a verdict, without a token that counts, or with a score that is no number.
     """
     before = run.controller.state_dict(), run.method_state
+    check_verdicts(sampled.rewards, sampled.rollouts)  # not of a later wave, which may add nothing and do no harm
     stats, wave = _scored(run, sampled, clock), 1
     while True:
         learnt, chosen_T = _learnt(run, sampled)
@@ -147,7 +148,7 @@ def judge(run: Run, pool: Grader, sampled: Graded, clock: Clock) -> Judged:
                 learning=learning,
                 metrics=_filter_metrics(run, sampled, learnt),
             )
-        kept, generated = int(_effective(decision).sum()), sampled.rollouts.R
+        kept, generated = int(effective(decision, learnt.rollouts).sum()), sampled.rollouts.R
         size = run.waves.next_size(kept, generated, direction=decision.direction, wave=wave)
         if not size:
             break
@@ -169,7 +170,6 @@ def judge(run: Run, pool: Grader, sampled: Graded, clock: Clock) -> Judged:
 
 
 def _scored(run: Run, graded: Graded, clock: Clock) -> TokenStats:
-    check_verdicts(graded.rewards, graded.rollouts)
     stats = run.policy.score(
         graded.rollouts, run.config.batch.tokens_per_microbatch, clamped_share=run.method.clamped_share
     )
@@ -199,8 +199,10 @@ def _filter_metrics(run: Run, sampled: Graded, learnt: Graded) -> dict[str, floa
     return {"prompts_sampled": float(sampled.rollouts.P), "prompts_learnt": float(learnt.rollouts.P)}
 
 
-def _effective(decision: Decision) -> Tensor:
-    return decision.keep_R & (decision.advantage_R != 0)
+def effective(decision: Decision, rollouts: Rollouts) -> Tensor:
+    """bool `[R]`: kept with an advantage, and a token that counts."""
+    counted_R = torch.bincount(rollouts.rollout_T[decision.keep_T & rollouts.mask_T], minlength=rollouts.R)
+    return decision.keep_R & (decision.advantage_R != 0) & (counted_R > 0)
 
 
 def _exactly(
@@ -209,7 +211,7 @@ def _exactly(
     """The decision with as many kept rollouts as were asked for; where there are fewer, a loss that is averaged over
     the kept is scaled down, so that they do not weigh more."""
     target = run.config.batch.rollouts_per_step
-    effective_R = _effective(decision)
+    effective_R = effective(decision, rollouts)
     kept = int(effective_R.sum())
     chosen = subsample(
         effective_R.numpy(),

@@ -76,10 +76,13 @@ class RewardConfig:
     overlong_buffer: int = 0
     """Tokens before `sampling.max_response_tokens` that cost reward, the more the nearer to it (DAPO); 0 is off."""
     overlong_factor: float = 1.0
-    """What a response at the limit loses by that."""
+    """What a response at the limit loses by that; of an advantage that sees no more than the sign of a reward, as
+    `raft`, and of the rule `switch`, a penalty is refused."""
     truncated: Literal["keep", "mask", "no_verdict"] = "keep"
-    """Responses that the limit cut off: `keep` what the reward says; `mask` their tokens out of the loss, their reward
-    still counting in its group (DAPO's overlong filtering); `no_verdict` teaches nothing and counts nowhere."""
+    """Responses that the limit cut off: `keep` what the reward says; `mask` their tokens out of the loss, of its
+    denominators and of the entropy that is controlled, their reward still counting in the mean of its group (DAPO's
+    overlong filtering); `no_verdict` for an advantage of 0 and no part in its group's statistics, its tokens staying in
+    denominators and in the entropy."""
 
     def __post_init__(self) -> None:
         require(self.workers >= 0, "reward.workers", self.workers, "0 or more")
@@ -87,6 +90,8 @@ class RewardConfig:
         require(self.overlong_buffer >= 0, "reward.overlong_buffer", self.overlong_buffer, "0 or more tokens")
         finite = 0 <= self.overlong_factor < float("inf")
         require(finite, "reward.overlong_factor", self.overlong_factor, "a finite number >= 0, such as 1.0")
+        unread = not self.overlong_buffer and self.overlong_factor != RewardConfig.overlong_factor
+        require(not unread, "reward.overlong_factor", self.overlong_factor, "nothing where reward.overlong_buffer is 0")
         require(self.name not in self.also, "reward.also", self.also, f"rewards other than reward.name = {self.name}")
 
 
@@ -222,7 +227,7 @@ class OptimizerConfig:
     """Largest gradient norm."""
     max_bad_steps: int = 3
     """Stop after so many steps in a row that could not be trained on: loss, gradient or score not finite, or no verdict
-    on any rollout."""
+    on any rollout, or no token that counts."""
 
     def __post_init__(self) -> None:
         require(self.steps > 0, "optimizer.steps", self.steps, "a positive number")
@@ -283,13 +288,6 @@ class Config:
             "reward.overlong_buffer",
             self.reward.overlong_buffer,
             f"at most sampling.max_response_tokens = {longest}, of which it is the last part",
-        )
-        switches = self.entropy.rule == "switch" or self.entropy.preset == "paper_code"
-        require(
-            not (switches and self.reward.overlong_buffer),
-            "reward.overlong_buffer",
-            self.reward.overlong_buffer,
-            "0 beside the rule 'switch' (preset 'paper_code'), which needs rewards of -1 and +1",
         )
         if self.entropy.preset is not None:  # what is saved with the run must be what ran
             for name, value in (("loss.aggregation", self.loss.aggregation), ("entropy.gamma", self.entropy.gamma)):

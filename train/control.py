@@ -4,6 +4,7 @@ import dataclasses
 import importlib
 
 from entrocraft import EntropyController, corrections, losses, methods, rules, schedules
+from entrocraft.advantages import ADVANTAGES, SIGN_ONLY
 from entrocraft.registry import resolve
 from entrocraft.release import Release
 from entrocraft.train.config import Config, EntropyConfig, LossConfig, ScheduleConfig
@@ -47,23 +48,11 @@ def _imported(path: str, steps: int) -> Schedule:
 def build_controller(config: Config, *, vocab_size: int) -> tuple[EntropyController, str]:
     """The controller, and the aggregation of the loss that goes with it.
 
-    A preset brings its own aggregation; otherwise it is `loss.aggregation`. The whole schedule is checked against the
-    steps of the run, in the first decision where it starts at the measured entropy. Raises ValueError for an unknown
-    rule, preset or schedule, naming the nearest; for a band no policy can be in; and for a rule that predicts under
-    an aggregation that makes the prediction wrong.
+    The whole schedule is checked against the steps of the run, in the first decision where it starts at the measured
+    entropy. Raises ValueError as `build_rule`; for an unknown schedule, naming the nearest; and for a band no policy
+    can be in.
     """
-    entropy = config.entropy
-    _check_used(entropy)
-    if entropy.preset is not None:
-        preset = rules.preset(entropy.preset)
-        rule, aggregation = preset.rule, preset.aggregation
-    else:
-        name = entropy.rule if entropy.rule is not None else "none"
-        options: dict[str, object] = {"level": entropy.level} if name in _TAKE_LEVEL else {}
-        options |= {} if entropy.gamma is None else {"gamma": entropy.gamma}
-        rule = rules.build(name, **options, **entropy.rule_options)
-        aggregation = config.loss.aggregation or "token_mean"
-        _check_predictable(rule, name, aggregation)
+    entropy, (rule, aggregation) = config.entropy, build_rule(config)
     release = Release(reward_share=entropy.release_share, patience=entropy.release_patience)
     controller = EntropyController(
         build_schedule(entropy.schedule, config.optimizer.steps),
@@ -79,6 +68,29 @@ def build_controller(config: Config, *, vocab_size: int) -> tuple[EntropyControl
         last_step=config.optimizer.steps,
     )
     return controller, aggregation
+
+
+def build_rule(config: Config) -> tuple[rules.Rule, str]:
+    """The rule, and the aggregation of the loss that goes with it: a preset's own, otherwise `loss.aggregation`.
+
+    Raises ValueError for an unknown rule or preset, naming the nearest; for settings it does not read; for a rule that
+    predicts under an aggregation that makes the prediction wrong; and for a penalty on length where nothing, or not
+    what is meant, would become of it.
+    """
+    entropy = config.entropy
+    _check_used(entropy)
+    if entropy.preset is not None:
+        preset = rules.preset(entropy.preset)
+        rule, aggregation = preset.rule, preset.aggregation
+    else:
+        name = entropy.rule if entropy.rule is not None else "none"
+        options: dict[str, object] = {"level": entropy.level} if name in _TAKE_LEVEL else {}
+        options |= {} if entropy.gamma is None else {"gamma": entropy.gamma}
+        rule = rules.build(name, **options, **entropy.rule_options)
+        aggregation = config.loss.aggregation or "token_mean"
+        _check_predictable(rule, name, aggregation)
+    _check_penalty(config, rule)
+    return rule, aggregation
 
 
 def _check_used(entropy: EntropyConfig) -> None:
@@ -131,9 +143,7 @@ def _check_clips_used(loss: LossConfig, *, takes: bool) -> None:
 
 def _check_predictable(rule: rules.Rule, name: str, aggregation: str) -> None:
     """Raise ValueError where the denominator of the loss would change with what the rule rejects by prediction."""
-    inner = rule
-    while isinstance(inner, corrections.group_scale | corrections.tempered):
-        inner = corrections.wrapped(inner.rule)
+    inner = _innermost(rule)
     if isinstance(inner, rules.budget | rules.first_order) and aggregation in losses.KEPT_DENOMINATORS:
         described = repr(name) if inner is rule else f"{name!r}, which wraps {inner},"
         raise ValueError(
@@ -141,3 +151,22 @@ def _check_predictable(rule: rules.Rule, name: str, aggregation: str) -> None:
             "entropy changes of the loss over all tokens, and this denominator shrinks with every rejection; set "
             "loss.aggregation to 'token_mean'"
         )
+
+
+def _check_penalty(config: Config, rule: rules.Rule) -> None:
+    """Raise ValueError for a penalty on length beside what needs rewards of -1 and +1, or sees only their sign."""
+    loss, owner = config.loss, ""
+    estimator = resolve(ADVANTAGES, loss.advantage, "advantage (loss.advantage)")
+    if isinstance(_innermost(rule), rules.switch):
+        owner = "the rule 'switch' (preset 'paper_code'), which needs rewards of -1 and +1"
+    elif estimator in [ADVANTAGES[name] for name in SIGN_ONLY]:
+        owner = f"loss.advantage = {loss.advantage!r}, which sees of a reward only whether it is above 0"
+    if owner and config.reward.overlong_buffer:
+        raise ValueError(f"reward.overlong_buffer = {config.reward.overlong_buffer}: expected 0 beside {owner}")
+
+
+def _innermost(rule: rules.Rule) -> rules.Rule:
+    """What is left of a rule without those that wrap it."""
+    while isinstance(rule, corrections.group_scale | corrections.tempered):
+        rule = corrections.wrapped(rule.rule)
+    return rule

@@ -17,7 +17,7 @@ from entrocraft.train import data_record
 from entrocraft.train.checkpoint import CheckpointFolder
 from entrocraft.train.checkpoint_files import value_of
 from entrocraft.train.config import Config
-from entrocraft.train.control import build_controller, build_method
+from entrocraft.train.control import build_controller, build_method, build_rule
 from entrocraft.train.data import PromptOrder
 from entrocraft.train.drawing import Drawing
 from entrocraft.train.engines import build_engine
@@ -62,6 +62,7 @@ class Run:
         self.mismatch = MismatchWatch(config.mismatch)
         RewardPool.of(config.reward)
         self.advantage = build_advantage(config.loss.advantage, **config.loss.advantage_options)
+        build_rule(config)  # once more below; here so that what it refuses is refused before a model is loaded
         seed_all(config.seed)
         model, tokenizer = load(
             config.model, config.parallel, config.lora, device=device, size=self.ranks.size, seed=config.seed
@@ -261,9 +262,9 @@ class Run:
         self.checkpoints.wait()
         raise TrainingStopped(
             f"{self.bad_in_a_row} steps in a row could not be trained on, the last at step {self.step}: a loss, "
-            "gradient or score that is not a number, or no verdict on any rollout. Reasons are in events.jsonl, "
-            f"batches in {self.dir / 'bad_batches'}; {saved} holds the weights of the last good update. Look at the "
-            "data, the reward or optimizer.lr; --resume auto goes on from there"
+            "gradient or score that is not a number, no verdict on any rollout, or no token that counts. Reasons are "
+            f"in events.jsonl, batches in {self.dir / 'bad_batches'}; {saved} holds the weights of the last good "
+            "update. Look at the data, the reward or optimizer.lr; --resume auto goes on from there"
         )
 
 

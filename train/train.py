@@ -27,7 +27,7 @@ from rich.table import Table
 
 from entrocraft.train import plan_command, verify_resume
 from entrocraft.train.batch_table import batch_table
-from entrocraft.train.batches import collect, judge
+from entrocraft.train.batches import collect, effective, judge
 from entrocraft.train.config import Config
 from entrocraft.train.config_reader import load_config, to_dict
 from entrocraft.train.errors import NonFiniteError, TrainingStopped, reason_to_stop
@@ -63,7 +63,7 @@ def train_step(run: Run, pool: Grader, log: MetricsLog, say: Callable[[str], Non
         row |= {f"method_{name}": value for name, value in learning.state.items()}
         row |= update(run.policy, run.optimizer, judged.rollouts, judged.stats, decision, learning)
         learnt = Work.taken_from(row)
-        row["effective_samples"] = (decision.keep_R & (decision.advantage_R != 0)).sum().item()
+        row["effective_samples"] = effective(decision, judged.rollouts).sum().item()
         run.bad_in_a_row = 0
     except NonFiniteError as error:
         run.skip_step(sampled.rollouts, sampled.rewards.reward_R, str(error), log)

@@ -44,7 +44,8 @@ def test_metrics_of_what_was_kept(rule: Rule, shift: float, scored_batch: Callab
         mine_T = scored.rollout_T == r
         counted_T = mine_T & scored.mask_T
         assert bool(keep_R[r]) == bool(keep_T[counted_T if counted_T.any() else mine_T].any())
-    active_R = keep_R & (decision.advantage_R != 0)
+    counted_R = torch.bincount(scored.rollout_T[scored.mask_T], minlength=len(keep_R)) > 0
+    active_R = keep_R & (decision.advantage_R != 0) & counted_R
     chance_R = keep_R.double()
     if isinstance(rule, rules.soft):
         chance_R = (rule.gamma * decision.direction * advantage_R.double()).clamp(-50, 0).exp()
@@ -57,8 +58,8 @@ def test_metrics_of_what_was_kept(rule: Rule, shift: float, scored_batch: Callab
         "kept_fraction_negative": float(keep_R[advantage_R < 0].double().mean()),
         "kept_groups": float(len(scored.group_R[active_R].unique())),
         "active_fraction": float(active_R.double().mean()),
-        "active_fraction_negative": float((keep_R & (decision.advantage_R < 0)).double().mean()),
-        "authority": float(((advantage_R != 0) | (decision.advantage_R != 0)).double().mean()),
+        "active_fraction_negative": float((active_R & (decision.advantage_R < 0)).double().mean()),
+        "authority": float((counted_R & ((advantage_R != 0) | (decision.advantage_R != 0))).double().mean()),
         "bypassed": 0.0,
     }
     assert {name: decision.metrics[name] for name in expected} == pytest.approx(expected, rel=1e-12)

@@ -10,8 +10,10 @@ import yaml
 
 from entrocraft import EntropyController, Rollouts
 from entrocraft.entropy_bonus import AEnt
+from entrocraft.train import batches, train
 from entrocraft.train.batches import Graded
 from entrocraft.train.config_reader import load_config
+from entrocraft.train.length_limit import at_the_limit
 from entrocraft.train.metrics import MetricsLog, depends_on_the_clock
 from entrocraft.train.problems import Problem
 from entrocraft.train.rewards import RewardBatch, RewardPool
@@ -135,6 +137,31 @@ def test_oversampling_keeps_the_same_number_every_step_and_resumes_exactly(work,
     assert len({row["generated"] for row in whole}) > 1
     assert [row["prompts"] for row in whole] == [whole[0]["generated"] / 8, sum(row["generated"] for row in whole) / 8]
     assert rows("cut", *oversample, steps=1) + rows("cut", *oversample, steps=1) == whole
+
+
+def test_oversampling_counts_what_teaches_and_takes_a_wave_that_was_cut_off(work, monkeypatch):
+    """All of the 32 rollouts have tokens in the loss; a second wave, cut off as a whole, adds none and does no harm."""
+    long = ("--sampling.max_response_tokens=140", "--model.tiny.context=192", "--reward.truncated=mask")
+    taught, waves, learn = [], [], train.update
+
+    def updated(policy, optimizer, rollouts, stats, decision, learning):
+        own_T = decision.keep_T & rollouts.mask_T & (decision.advantage_R != 0)[rollouts.rollout_T]
+        taught.append(len(rollouts.rollout_T[own_T].unique()))
+        return learn(policy, optimizer, rollouts, stats, decision, learning)
+
+    def limited(config, rollouts, rewards):
+        waves.append(rollouts.R)
+        if len(waves) == 2:
+            rollouts = dataclasses.replace(rollouts, truncated_R=torch.ones_like(rollouts.truncated_R))
+        return at_the_limit(config, rollouts, rewards)
+
+    monkeypatch.setattr(train, "update", updated)
+    monkeypatch.setattr(batches, "at_the_limit", limited)
+    oversample = ("--refill.oversample=true", "--refill.max_waves=8", "--refill.max_factor=16")
+    (row,) = rows("cut_off", *long, *oversample, "--entropy.rule=none", steps=1)
+    assert row["updates"] == 1
+    assert 2 < len(waves) == row["waves"]
+    assert taught == [32] == [row["effective_samples"]]
 
 
 def test_an_evaluation_is_due_by_the_prompts_that_were_sampled(work):

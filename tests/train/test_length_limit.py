@@ -1,12 +1,15 @@
 """What the trainer makes of responses near the limit and cut off by it: rewards, masks, a step with nothing left."""
 
+import re
 from dataclasses import replace
 
 import pytest
 import torch
 
 from entrocraft import Rollouts
+from entrocraft.advantages import ADVANTAGES, SIGN_ONLY, build
 from entrocraft.train.config_reader import load_config
+from entrocraft.train.control import build_rule
 from entrocraft.train.errors import NonFiniteError
 from entrocraft.train.length_limit import at_the_limit
 from entrocraft.train.rewards import RewardBatch
@@ -82,13 +85,40 @@ def test_a_batch_of_which_nothing_is_left_is_no_step() -> None:
         ("--reward.overlong_buffer=-1", "reward.overlong_buffer = -1: expected 0 or more tokens"),
         ("--reward.overlong_factor=-1", "reward.overlong_factor = -1.0: expected a finite number >= 0"),
         ("--reward.truncated=drop", "truncated"),
-        (
-            "--reward.overlong_buffer=2 --entropy.rule=switch",
-            "overlong_buffer = 2: expected 0 beside the rule",
-        ),
-        ("--reward.overlong_buffer=2 --entropy.preset=paper_code", "overlong_buffer = 2: expected 0 beside"),
+        ("--reward.overlong_factor=0.5", "overlong_factor = 0.5: expected nothing where reward.overlong_buffer is 0"),
     ],
 )
 def test_bad_settings_are_named(argument: str, message: str) -> None:
     with pytest.raises((ValueError, SystemExit), match=message):
         load_config([*FILES, *argument.split()])
+
+
+@pytest.mark.parametrize(
+    ("argument", "beside"),
+    [
+        ("--entropy.rule=switch", "the rule 'switch'"),
+        ("--entropy.rule=entrocraft.rules:switch", "the rule 'switch'"),
+        ("--entropy.preset=paper_code", "the rule 'switch'"),
+        ("--entropy.rule=group_scale --entropy.rule_options={'rule':'switch'}", "the rule 'switch'"),
+        ("--loss.advantage=raft_pp", "loss.advantage = 'raft_pp', which sees of a reward only whether"),
+        ("--loss.advantage=entrocraft.advantages:nsr", "loss.advantage = 'entrocraft.advantages:nsr', which sees"),
+    ],
+)
+def test_a_penalty_that_would_not_do_what_it_says_is_refused(argument: str, beside: str) -> None:
+    config = load_config([*FILES, *argument.split(), "--reward.overlong_buffer=2"])
+    with pytest.raises(ValueError, match=re.escape(f"reward.overlong_buffer = 2: expected 0 beside {beside}")):
+        build_rule(config)
+    build_rule(load_config([*FILES, *argument.split()]))
+
+
+@pytest.mark.parametrize("name", sorted(set(ADVANTAGES) - SIGN_ONLY))
+def test_other_advantages_see_a_penalty(name: str) -> None:
+    """And those that are refused one do not: a right answer that lost half of its reward is as right as before."""
+    group_R, length_R = torch.zeros(4, dtype=torch.int64), torch.tensor([3, 4, 5, 6])
+    before_R, after_R = torch.tensor([1.0, 0.0, 1.0, 0.0]), torch.tensor([1.0, 0.0, 0.5, 0.0])
+    build_rule(load_config([*FILES, f"--loss.advantage={name}", "--reward.overlong_buffer=2"]))
+    estimate = build(name)
+    assert float((estimate(after_R, group_R, length_R) - estimate(before_R, group_R, length_R)).abs().max()) > 0.1
+    for other in sorted(SIGN_ONLY):
+        estimate = build(other)
+        assert torch.equal(estimate(after_R, group_R, length_R), estimate(before_R, group_R, length_R))
