@@ -83,14 +83,14 @@ def _place_names(names: Iterable[Annotation]) -> None:
     sides = (("left", 3, 2), ("left", 3, -8), ("right", -3, 2), ("right", -3, -8), ("center", 0, 6))
     placed: list[Bbox] = []
     for name in names:
-        name.set_visible(False)
         for side, x, y in sides:
             name.set(horizontalalignment=side, position=(x, y))
             box = name.get_window_extent()
             if not box.count_overlaps(placed):
-                name.set_visible(True)
                 placed.append(box)
                 break
+        else:
+            name.set_visible(False)
 
 
 def plot_failure(runs: dict[str, Run], regime: str, path: Path) -> None:
