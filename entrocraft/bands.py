@@ -25,7 +25,7 @@ class Band:
         Raises:
             ValueError: the edges are crossed or not finite, or the target is negative.
         """
-        low, high = self.low(step), self.high(step)
+        low, high = _nats(self.low, step), _nats(self.high, step)
         if not (math.isfinite(low) and math.isfinite(high)):
             raise ValueError(f"the schedule gives a band from {low!r} to {high!r} nats at step {step!r}: not finite")
         if low > high:
@@ -33,7 +33,7 @@ class Band:
                 f"lo > hi at step {step!r}: the band runs from lo = {low!r} to hi = {high!r} nats; swap the two "
                 "schedules, or make the width >= 0"
             )
-        target = (low + high) / 2.0 if self.centre is None else self.centre(step)
+        target = (low + high) / 2.0 if self.centre is None else _nats(self.centre, step)
         if target < 0.0:
             raise ValueError(f"the schedule gives {target!r} nats at step {step!r}: entropy is never negative")
         return target
@@ -41,7 +41,7 @@ class Band:
     def __call__(self, step: float) -> tuple[float, float]:
         """`(lo, hi)` in nats at this step; errors as `target`."""
         self.target(step)
-        return max(self.low(step), 0.0), self.high(step)
+        return max(_nats(self.low, step), 0.0), _nats(self.high, step)
 
     def anchored(self, entropy: float) -> "Band":
         """The same band with measured schedules anchored at `entropy` nats."""
@@ -105,7 +105,15 @@ class _Shifted:
     offset: float
 
     def __call__(self, step: float) -> float:
-        return self.schedule(step) + self.offset
+        return _nats(self.schedule, step) + self.offset
 
     def anchored(self, entropy: float) -> "_Shifted":
         return _Shifted(anchored(self.schedule, entropy), self.offset)
+
+
+def _nats(schedule: Schedule, step: float) -> float:
+    """The schedule's value as a Python number, whatever scalar it gave: it goes into states and metrics."""
+    value = schedule(step)
+    if not hasattr(value, "__float__"):
+        raise ValueError(f"the schedule gives {value!r} at step {step!r}: expected a number of nats")
+    return float(value)

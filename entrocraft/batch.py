@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from entrocraft.groups import check_rewards
 from entrocraft.kernels.token_stats import TokenStats
 from entrocraft.rollouts import check_packing
 
@@ -55,7 +56,7 @@ class Batch:
             raise ValueError("no token counts (mask_T is False everywhere, or T = 0): there is no entropy to control")
         rollout, group = rollout_T.cpu().numpy(), group_R.cpu().numpy()
         rollouts = len(group)
-        entropy, logprob = stats.entropy_T.detach().cpu().numpy(), stats.logprob_T.detach().cpu().numpy()
+        entropy, logprob = _host(stats.entropy_T), _host(stats.logprob_T)
         entropy_N = np.sort(entropy if mask.all() else entropy[mask])
         if not np.isfinite(entropy_N[[0, -1]]).all():  # NaN sorts last
             raise ValueError("entropy_T is not finite at a counted token: skip this step and look at the scored batch")
@@ -96,6 +97,12 @@ class Batch:
         return math.fsum(self.logprob_R[chosen_R]) / tokens if tokens else math.nan
 
 
+def checked_rewards(reward_R: Tensor, group_R: Tensor) -> tuple[np.ndarray, np.ndarray]:
+    """Both on the host, rewards in fp64. Raises ValueError as `groups.check_rewards`."""
+    check_rewards(reward_R, group_R)
+    return reward_R.detach().double().cpu().numpy(), group_R.cpu().numpy()
+
+
 def per_rollout(value_T: np.ndarray, rollout_T: np.ndarray, rollouts: int) -> np.ndarray:
     """float64 `[R]`: sum of `value_T` over the tokens of each rollout, which lie next to each other."""
     edge = np.searchsorted(rollout_T, np.arange(rollouts + 1))
@@ -109,6 +116,12 @@ def per_rollout(value_T: np.ndarray, rollout_T: np.ndarray, rollouts: int) -> np
 def masked(value_T: np.ndarray, mask_T: np.ndarray) -> np.ndarray:
     """`value_T` with 0 where `mask_T` is False, also where it was NaN."""
     return value_T if mask_T.all() else np.where(mask_T, value_T, 0)
+
+
+def _host(value_T: Tensor) -> np.ndarray:
+    """fp32 or fp64; NumPy has no bf16."""
+    value_T = value_T.detach().cpu()
+    return (value_T if value_T.dtype == torch.float64 else value_T.float()).numpy()
 
 
 def _appearance(group_R: np.ndarray) -> np.ndarray:
@@ -149,5 +162,7 @@ def _check(
                 f"{name} has shape {tuple(value_R.shape)}, expected {tuple(group_R.shape)} like group_R; "
                 "advantages that differ from token to token: give their mean over each rollout"
             )
+    if reward_R is not None:
+        check_rewards(reward_R, group_R)
     if not bool(torch.isfinite(advantage_R).all()):
         raise ValueError("advantage_R is not finite: a rollout without a verdict has advantage 0")

@@ -15,7 +15,8 @@ from torch import Tensor
 from entrocraft import rules
 from entrocraft.aim import Aim
 from entrocraft.bands import Band, band, check_reachable
-from entrocraft.batch import Batch
+from entrocraft.batch import Batch, checked_rewards
+from entrocraft.corrections import wrapped
 from entrocraft.decision import Decision, entropy_metrics, keep_metrics
 from entrocraft.guard import Guard
 from entrocraft.judgement import Judge, Judgement
@@ -82,7 +83,9 @@ class EntropyController:
         if vocab_size is not None and vocab_size < 2:
             raise ValueError(f"vocab_size = {vocab_size!r}: expected at least 2 tokens, or None if unknown")
         self._band = schedule if isinstance(schedule, Band) else band(schedule, width)
-        self._rule = rules.build(rule) if isinstance(rule, str) else rule
+        self._rule = wrapped(rule)
+        if release is not None and not isinstance(release, Release):
+            raise ValueError(f"release = {release!r}: expected a Release, or None for never")
         self._judge = Judge(
             rule=self._rule,
             guard=Guard(min_kept_fraction=min_kept_fraction, min_groups=min_groups, min_authority=min_authority),
@@ -95,7 +98,7 @@ class EntropyController:
         if last_step is not None:
             with contextlib.suppress(NotMeasured):  # the rest is checked once there is an entropy
                 self._band.check(last_step + 1, vocab_size)
-        self._state = ControllerState(gain=initial_gain)
+        self._state = ControllerState(gain=float(initial_gain))
 
     def decide(
         self,
@@ -110,6 +113,7 @@ class EntropyController:
         loss_fn: LossFn | None = None,
         temperature: float | Tensor = 1.0,
         sample_R: Tensor | None = None,
+        sampled: tuple[Tensor, Tensor] | None = None,
     ) -> Decision:
         """Decide on the batch scored at `step`, and remember what is needed to judge the next one.
 
@@ -131,6 +135,9 @@ class EntropyController:
                 them (`switch`), `predicted_change_kept` is NaN and no gain is learnt, unless it is None.
             temperature: > 0, what the logits were divided by; scalar or `[T]`.
             sample_R: int64 `[R]`, number within the group; None takes the order of appearance.
+            sampled: (reward, group) as reward_R and group_R, of everything that was drawn where the batch is a part of
+                it, chosen by reward: `Release` watches these, for what is left of a batch without its solved prompts
+                has less reward the more are solved. None: the batch itself.
 
         Raises:
             TypeError: step is no integer.
@@ -144,7 +151,8 @@ class EntropyController:
         state = self._observed(step, batch.entropy)
         aim = self._aim(step, batch.entropy, state)
         change = BatchChange.of(stats, batch, advantage_R=batch.advantage_R, loss_fn=loss_fn, temperature=temperature)
-        judgement = self._judge(batch, aim, change, state, step)
+        watched = (batch.reward_R, batch.group_R) if sampled is None else checked_rewards(*sampled)
+        judgement = self._judge(batch, aim, change, state, step, watched)
         verdict = judgement.verdict
         kept = _kept_change(stats, batch, verdict, change, given_loss=loss_fn is not None, temperature=temperature)
         metrics = entropy_metrics(batch) | keep_metrics(batch, verdict)

@@ -35,10 +35,11 @@ class AdaptiveBonus(MethodBase):
     """An entropy bonus whose coefficient c moves by `delta` a step, and which is paid only below the target.
 
         L = L_policy - used * mean entropy
-        used at a step:     c where H <= target, else 0
-        for the next one:   c + delta where H <= target, else c - delta, kept within [minimum, maximum]
+        first   c <- c + delta where H <= target, else c - delta, kept within [minimum, maximum]
+        then    used = c where H <= target, else 0
 
-    H is that of the step before, as its source has it. Here c moves once a step; in TRL at each optimizer update.
+    H is that of the step before, as its source has it; at the first step c stays and nothing is used. Here c moves
+    once a step; in TRL at each optimizer update.
     Aggregation: as `EntropyBonus`. Entropy: pushed up to the target, never down to it.
 
     target: nats; None: that of the schedule. initial, delta, minimum, maximum: coefficients, >= 0.
@@ -64,7 +65,7 @@ class AdaptiveBonus(MethodBase):
             raise ValueError(f"delta = {self.delta!r}: expected a finite step > 0, such as 0.005")
 
     def observe(self, state: State, signal: Signal, /) -> State:
-        """What is used at this step follows from the entropy of the one before; the coefficient moves afterwards."""
+        """What is used at this step follows from the entropy of the one before, the coefficient's move too."""
         target = target_of(self.target, signal, "AdaptiveBonus")
         coefficient, last = state.get("coefficient", self.initial), state.get("last_entropy", math.inf)
         moved = coefficient

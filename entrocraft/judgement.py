@@ -40,9 +40,15 @@ class Judge:
     seed: int
 
     def __call__(
-        self, batch: Batch, aim: Aim, change: BatchChange | None, state: ControllerState, step: int
+        self,
+        batch: Batch,
+        aim: Aim,
+        change: BatchChange | None,
+        state: ControllerState,
+        step: int,
+        watched: tuple[np.ndarray | None, np.ndarray],
     ) -> Judgement:
-        """Judge one batch.
+        """Judge one batch. watched: rewards, and the group of each, by which the release judges.
 
         Raises:
             ValueError: the rule refuses the batch, or its verdict does not fit.
@@ -53,7 +59,7 @@ class Judge:
         reach = _reach(inputs, aim.need, state.gain, tokens=verdict.keep_T is not None)
         memory = state.release
         if self.release is not None:
-            memory = self.release.rewarded(memory, batch.reward_R, batch.group_R)
+            memory = self.release.rewarded(memory, *watched)
             memory = self.release.held(memory, entropy=aim.entropy, need=aim.need)
 
         def stands(verdict: Verdict, reason: str, *, bypassed: bool = False) -> Judgement:

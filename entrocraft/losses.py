@@ -240,11 +240,11 @@ def token_weights(
         rollout_T: int64 `[T]`, non-decreasing. mask_T: bool `[T]`. group_R: int64 `[R]`.
         keep_T: bool `[T]` of a `Decision`; None keeps all.
         advantage_R: fp32 `[R]` of the same `Decision`; needed by eq5.
-        scale: > 0, in tokens.
+        scale: > 0, in tokens; aggregations without one do not read it.
         aggregation: a name above, or the import path `package.module:name` of a function of a `Layout`.
 
     Raises:
-        ValueError: unknown aggregation, a missing or useless argument, shapes that do not fit.
+        ValueError: unknown aggregation, a missing argument, shapes that do not fit.
     """
     check_packing(rollout_T, mask_T, len(group_R))
     if keep_T is not None and (keep_T.shape != rollout_T.shape or keep_T.dtype != torch.bool):

@@ -58,6 +58,9 @@ class Signal:
     step, steps: the present optimizer round and their number, from 0. entropy: of the batch under the policy that is
     about to change, nats a token. target: what the schedule asks for after this step's updates, nats; None without one.
     clamped_entropy: the same without each row's least likely tokens, of a method that asks for it (`clamped_share`).
+
+    Raises:
+        ValueError: a step below 0, or nats that are not finite.
     """
 
     step: int
@@ -65,6 +68,16 @@ class Signal:
     entropy: float
     target: float | None = None
     clamped_entropy: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.step < 0:
+            raise ValueError(f"step = {self.step!r}: expected an integer >= 0")
+        for name in ("entropy", "target", "clamped_entropy"):
+            value = getattr(self, name)
+            if value is None and name != "entropy":
+                continue
+            if value is None or not math.isfinite(value):
+                raise ValueError(f"{name} = {value!r}: expected finite nats; a method would remember it for good")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -218,9 +231,14 @@ def make_objective(
     w^H is that of the mask with everything kept: a rejected rollout teaches nothing, but its entropy counts.
 
     Raises:
-        ValueError: as `token_weights` and `PolicyObjective`.
+        ValueError: as `token_weights` and `PolicyObjective`; a state that lacks what the method keeps in it.
     """
-    terms = method.terms(tokens, state)
+    try:
+        terms = method.terms(tokens, state)
+    except KeyError as error:
+        raise ValueError(
+            f"state = {dict(state)!r} has no {error}, which {method!r} reads: give what its `observe` returned"
+        ) from error
 
     def weights(keep_T: Tensor | None, advantage_R: Tensor | None) -> Tensor:
         return token_weights(

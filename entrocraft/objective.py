@@ -46,13 +46,15 @@ class PolicyObjective:
 
     loss_fn: LossFn
     """`PPOClip`, `CISPO` or `GSPO`, or another `loss_fn(logprob_N, old_logprob_N, advantage_N) -> loss_N`. One that has
-    `sequence_level = True` gets the lengths of its sequences and their mask besides."""
+    `sequence_level = True` gets the lengths of its sequences and their mask besides. Its gradient must be 0 where the
+    advantage is: what teaches without one is a `Term`."""
     old_logprob_T: Tensor
     """Log-probabilities under the policy at the start of the step, nats."""
     advantage_T: Tensor
     """Advantage of each token."""
     weight_T: Tensor
-    """Weight of each token's loss, from `token_weights`; 0 leaves it out, in the backward too."""
+    """Weight of each token's loss, from `token_weights`; 0 leaves it out, in the backward too, also where what is known
+    of it is NaN."""
     lengths_R: Sequence[int] | None = None
     """Tokens of each sequence, in order, as host integers that sum to T; give the same to `linear_policy_loss`."""
     mask_T: Tensor | None = None
@@ -83,6 +85,11 @@ class PolicyObjective:
                         f"extra[{number}].{name} has shape {tuple(getattr(term, name).shape)}, expected ({T},) like "
                         "weight_T"
                     )
+        if not callable(self.loss_fn) or isinstance(self.loss_fn, type):
+            raise ValueError(
+                f"loss_fn = {self.loss_fn!r}: expected a function of (logprob_N, old_logprob_N, advantage_N), such as "
+                "PPOClip(), or by name surrogates.build_loss('gspo')"
+            )
         if not math.isfinite(self.entropy_coefficient):
             raise ValueError(
                 f"entropy_coefficient = {self.entropy_coefficient!r}: expected a finite number, such as 0.003"
@@ -111,20 +118,29 @@ class PolicyObjective:
         Raises:
             ValueError: rows that cut a sequence, with a sequence-level loss_fn.
         """
-        batch = (logprob_N, self.old_logprob_T[rows], self.advantage_T[rows])
-        if self._sequence_level:
-            mask_N = None if self.mask_T is None else self.mask_T[rows]
-            loss_N = self.loss_fn(*batch, self._lengths_of(rows), mask_N)
-        else:
-            loss_N = self.loss_fn(*batch)
+        live_N, mask_N = self._live(rows), None if self.mask_T is None else self.mask_T[rows]
+        logprob_N = torch.where(live_N, logprob_N, 0.0)
+        old_logprob_N = torch.where(live_N, self.old_logprob_T[rows], 0.0)
+        batch = (logprob_N, old_logprob_N, torch.where(live_N, self.advantage_T[rows], 0.0))
+        loss_N = self.loss_fn(*batch, self._lengths_of(rows), mask_N) if self._sequence_level else self.loss_fn(*batch)
         share = (self.weight_T[rows] * loss_N).sum()
         if self.entropy_coefficient:
             weight_T = self.weight_T if self.entropy_weight_T is None else self.entropy_weight_T
-            share = share - self.entropy_coefficient * (weight_T[rows] * entropy_N).sum()
+            paid_N = torch.where(weight_T[rows] != 0, entropy_N, 0.0)
+            share = share - self.entropy_coefficient * (weight_T[rows] * paid_N).sum()
         for term in self.extra:
-            extra_N = term.loss_fn(logprob_N, self.old_logprob_T[rows], term.advantage_T[rows])
+            extra_N = term.loss_fn(logprob_N, old_logprob_N, torch.where(live_N, term.advantage_T[rows], 0.0))
             share = share + (term.weight_T[rows] * extra_N).sum()
         return share
+
+    def _live(self, rows: slice) -> Tensor:
+        """bool `[N]`: what a loss may look at; a product with a weight of 0 would keep a NaN."""
+        live_N = self.weight_T[rows] != 0
+        for term in self.extra:
+            live_N = live_N | (term.weight_T[rows] != 0)
+        if self._sequence_level:  # a ratio is of all tokens of its sequence
+            return torch.ones_like(live_N) if self.mask_T is None else live_N | self.mask_T[rows]
+        return live_N
 
     @property
     def active_T(self) -> Tensor:

@@ -98,7 +98,10 @@ class PeakKeeper:
             if not absent and (isinstance(value, bool) or not isinstance(value, int) or value < 0):
                 raise ValueError(f"state of PeakKeeper has {name} = {value!r}: expected an integer >= 0")
         best = state["best"]
-        if (best is None) != (state["step"] is None) or not (best is None or isinstance(best, int | float)):
-            raise ValueError(f"state of PeakKeeper has best = {best!r}: expected a number, or None before the first")
+        number = isinstance(best, int | float) and not isinstance(best, bool) and math.isfinite(best)
+        if (best is None) != (state["step"] is None) or not (best is None or number):
+            raise ValueError(
+                f"state of PeakKeeper has best = {best!r}: expected a finite number, or None before the first"
+            )
         self._step, self._best = state["step"], best
         self._best_step, self._below = state["best_step"], state["below"]

@@ -87,11 +87,15 @@ def predicted_entropy_change(stats: TokenStats, loss_fn: LossFn, *, temperature:
 def change_from_gradient(gradient_T: Tensor, s_T: Tensor, sbar_T: Tensor, temperature: float | Tensor) -> Tensor:
     """gradient_T (S_T - Sbar_T) / temperature^2, where gradient_T is dL/dlogprob_T."""
     change_T = (s_T - sbar_T).mul_(gradient_T)
-    return change_T if isinstance(temperature, float) and temperature == 1.0 else change_T / temperature**2
+    if isinstance(temperature, Tensor):
+        return change_T / temperature.detach().to(change_T) ** 2
+    return change_T if temperature == 1.0 else change_T / temperature**2
 
 
 def loss_gradient(logprob_T: Tensor, loss_fn: LossFn) -> Tensor:
     """dL/dlogprob_T of the scalar `loss_fn(logprob_T)`; errors as `predicted_entropy_change`."""
+    if torch.is_inference_mode_enabled():
+        raise ValueError("loss_fn has no gradient within torch.inference_mode(): use torch.no_grad() around this call")
     with torch.enable_grad():
         leaf_T = logprob_T.detach().clone().requires_grad_(True)
         loss = loss_fn(leaf_T)
@@ -114,7 +118,7 @@ def check_temperature(temperature: float | Tensor, tokens: int) -> None:
                 f"temperature has shape {tuple(temperature.shape)}: expected a scalar or one for each of "
                 f"{tokens} tokens"
             )
-        worst = float(temperature.min()) if temperature.numel() else 1.0
+        worst = float(temperature.detach().min()) if temperature.numel() else 1.0
         finite = bool(torch.isfinite(temperature).all())
     else:
         worst, finite = temperature, math.isfinite(temperature)
@@ -152,7 +156,7 @@ class BatchChange:
             gradient_R = torch.as_tensor(-advantage_R / len(batch.entropy_N), dtype=s_T.dtype, device=s_T.device)
             rollout_T = torch.as_tensor(batch.rollout_T, device=s_T.device)
             change = change_from_gradient(gradient_R[rollout_T], s_T, sbar_T, temperature)
-        change_T = masked(change.cpu().numpy(), batch.mask_T)
+        change_T = masked(change.to(torch.promote_types(change.dtype, torch.float32)).cpu().numpy(), batch.mask_T)
         change_R = per_rollout(change_T, batch.rollout_T, len(batch.group_R))
         if not np.isfinite(change_R).all():
             raise ValueError(

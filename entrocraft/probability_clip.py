@@ -75,11 +75,15 @@ class ProbabilityClip:
         return torch.maximum(-ratio_T * advantage_T, -clipped_T * advantage_T)
 
     def clipped(self, logprob_T: Tensor, old_logprob_T: Tensor, advantage_T: Tensor) -> dict[str, Tensor]:
-        """Where the gradient has been removed though A is not 0, as bool `[T]`: "high" and "low"."""
+        """Where the gradient has been removed though A is not 0, as bool `[T]`: "high" and "low", by what the clamp of
+        the log-ratio alone removes too, where it lies."""
         with torch.no_grad():
             ratio_T = self._ratio(logprob_T, old_logprob_T, advantage_T)
             lower_T, upper_T = self.bounds(old_logprob_T)
-            return {"high": (advantage_T > 0) & (ratio_T > upper_T), "low": (advantage_T < 0) & (ratio_T < lower_T)}
+            some_T, log_ratio_T = advantage_T != 0, logprob_T - old_logprob_T
+            high_T = (advantage_T > 0) & (ratio_T > upper_T) | some_T & (log_ratio_T > LOG_RATIO_LIMIT)
+            low_T = (advantage_T < 0) & (ratio_T < lower_T) | some_T & (log_ratio_T < -LOG_RATIO_LIMIT)
+            return {"high": high_T, "low": low_T}
 
     @staticmethod
     def _ratio(logprob_T: Tensor, old_logprob_T: Tensor, advantage_T: Tensor) -> Tensor:

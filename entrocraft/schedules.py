@@ -165,7 +165,9 @@ class measured:
 
     def anchored(self, entropy: float) -> Schedule:
         """`build(entropy)`."""
-        return self.build(entropy)
+        made = self.build(entropy)
+        _callable(f"build({entropy!r})", made)
+        return made
 
 
 def anchored(schedule: Schedule, entropy: float) -> Schedule:

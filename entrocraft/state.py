@@ -8,6 +8,7 @@ from typing import Any
 from entrocraft.release import Memory
 
 _WHOLE = ("decided", "step", "batches", "falling", "stuck", "since")
+_COUNTS = ("decided", "denominator", "batches", "variance", "falling", "stuck")
 _ALWAYS_KNOWN = ("decided", "gain", "numerator", "denominator", "batches", "variance", "falling", "stuck")
 
 
@@ -51,6 +52,16 @@ class ControllerState:
         _check_names(release, Memory, "controller state's release")
         for name, value in (*numbers.items(), *release.items()):
             _check_number(name, value)
+        for name, value in (*numbers.items(), *release.items()):
+            if name in _COUNTS and value < 0:
+                raise ValueError(f"controller state has {name} = {value!r}: expected >= 0")
+        if not numbers["gain"] > 0:
+            raise ValueError(f"controller state has gain = {numbers['gain']!r}: expected > 0")
+        if (numbers["anchor"] is None) != (numbers["excess"] is None):
+            raise ValueError(
+                f"controller state has anchor = {numbers['anchor']!r} and excess = {numbers['excess']!r}: expected two "
+                "numbers, or None before the first batch"
+            )
         return ControllerState(**numbers, release=Memory(**release))
 
 

@@ -65,6 +65,7 @@ class Waves:
         if not 0.0 < initial_share <= 1.0:
             raise ValueError(f"initial_share = {initial_share!r}: expected a share in (0, 1], such as 0.5")
         self._target, self._samples, self._max_waves, self._ema = target, samples, max_waves, ema
+        self._max_factor = max_factor
         self._budget = max(math.floor(max_factor * target / samples), 1) * samples
         self._share: dict[int, float] = dict.fromkeys(_DIRECTIONS, float(initial_share))
 
@@ -94,7 +95,7 @@ class Waves:
 
     def group_size(self, direction: int = 0) -> int:
         """Instead of more prompts: samples of each, ceil(samples / f_m), at most max_factor times as many."""
-        largest = max(self._budget // self._target, 1) * self._samples
+        largest = math.floor(self._max_factor * self._samples)
         return min(largest, math.ceil(self._samples / self.share(direction)))
 
     def observe(self, kept: int, generated: int, *, direction: int = 0) -> None:
@@ -156,8 +157,11 @@ def subsample(
     Raises:
         ValueError: shapes or dtypes that do not fit, or target < 1.
     """
-    if keep_R.ndim != 1 or keep_R.dtype != np.bool_:
-        raise ValueError(f"keep_R has shape {keep_R.shape} and dtype {keep_R.dtype}: expected bool [R]")
+    if not isinstance(keep_R, np.ndarray) or keep_R.ndim != 1 or keep_R.dtype != np.bool_:
+        raise ValueError(
+            f"keep_R is a {type(keep_R).__name__} of shape {tuple(keep_R.shape)} and dtype {keep_R.dtype}: expected a "
+            "NumPy array, bool [R], such as decision.keep_R.cpu().numpy()"
+        )
     for name, value in (("group_R", group_R), ("sample_R", sample_R)):
         if value is not None and value.shape != keep_R.shape:
             raise ValueError(f"{name} has shape {value.shape}: expected {keep_R.shape} like keep_R")

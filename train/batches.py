@@ -76,8 +76,6 @@ class Graded:
 class Judged:
     """A step's batch, ready to learn from."""
 
-    sampled: Graded
-    """Everything that was sampled in this step."""
     rollouts: Rollouts
     stats: TokenStats
     decision: Decision
@@ -127,21 +125,23 @@ def collect(run: Run, pool: Grader, clock: Clock) -> Graded:
     return graded
 
 
-def judge(run: Run, pool: Grader, sampled: Graded, clock: Clock) -> Judged:
+def judge(run: Run, pool: Grader, waves: list[Graded], clock: Clock) -> Judged:
     """Scores and decides; with `oversample`, samples on until enough is kept or the budget is spent.
 
-    Raises NonFiniteError for a batch without a verdict, without a token that counts, or with a score that is no number.
+    waves: what was sampled, which grows with what is sampled here, also where an error ends it. Raises NonFiniteError
+    for a batch without a verdict, without a token that counts, or with a score that is no number.
     """
     before = run.controller.state_dict(), run.method_state
+    sampled = Graded.join(waves)
     check_verdicts(sampled.rewards, sampled.rollouts)  # not of a later wave, which may add nothing and do no harm
     stats, wave = _scored(run, sampled, clock), 1
     while True:
         learnt, chosen_T = _learnt(run, sampled)
         own = stats.index(chosen_T)
-        decision, learning = run.decide(learnt.rollouts, own, learnt.rewards.reward_R)
+        whole = sampled.rewards.reward_R, sampled.rollouts.group_R
+        decision, learning = run.decide(learnt.rollouts, own, learnt.rewards.reward_R, whole)
         if run.waves is None:
             return Judged(
-                sampled=sampled,
                 rollouts=learnt.rollouts,
                 stats=own,
                 decision=decision,
@@ -157,16 +157,15 @@ def judge(run: Run, pool: Grader, sampled: Graded, clock: Clock) -> Judged:
         more = sample_wave(
             run, pool, size // run.config.batch.samples_per_prompt, clock, first_prompt=sampled.rollouts.P
         )
+        waves.append(more)
         stats = TokenStats.cat([stats, _scored(run, more, clock)])
-        sampled, wave = Graded.join([sampled, more]), wave + 1
+        sampled, wave = Graded.join(waves), wave + 1
     run.drawing.rest()
     run.waves.observe(kept, generated, direction=decision.direction)
     run.last_direction = decision.direction
     decision, learning, metrics = _exactly(run, learnt.rollouts, decision, learning)
     metrics |= {"waves": float(wave), "generated": float(generated), **_filter_metrics(run, sampled, learnt)}
-    return Judged(
-        sampled=sampled, rollouts=learnt.rollouts, stats=own, decision=decision, learning=learning, metrics=metrics
-    )
+    return Judged(rollouts=learnt.rollouts, stats=own, decision=decision, learning=learning, metrics=metrics)
 
 
 def _scored(run: Run, graded: Graded, clock: Clock) -> TokenStats:
@@ -184,13 +183,16 @@ def _learnt(run: Run, sampled: Graded) -> tuple[Graded, Tensor]:
     every_T = torch.arange(sampled.rollouts.T)
     if run.config.refill.zero_variance == "keep":
         return sampled, every_T
-    keep_P = sampled.varied_P()
-    if run.waves is None:  # a full wave and no more, where the last one was too lucky
-        keep_P &= torch.cumsum(keep_P, 0) <= run.config.batch.prompts_per_step
-    keep_T = keep_P[sampled.rollouts.group_R][sampled.rollouts.rollout_T]
-    if not bool((keep_T & sampled.rollouts.mask_T).any()):  # nothing to learn, and nothing gained by an empty batch
-        return sampled, every_T
-    return sampled.groups(keep_P), every_T[keep_T]
+    choices = [sampled.varied_P()]
+    if run.waves is None:  # a full wave and no more, where the last one was too lucky, or none of them lucky
+        full = run.config.batch.prompts_per_step
+        choices = [varied_P & (torch.cumsum(varied_P, 0) <= full) for varied_P in choices]
+        choices.append(torch.arange(sampled.rollouts.P) < full)
+    for keep_P in choices:
+        keep_T = keep_P[sampled.rollouts.group_R][sampled.rollouts.rollout_T]
+        if bool((keep_T & sampled.rollouts.mask_T).any()):
+            return sampled.groups(keep_P), every_T[keep_T]
+    return sampled, every_T  # nothing to learn, and nothing gained by an empty batch
 
 
 def _filter_metrics(run: Run, sampled: Graded, learnt: Graded) -> dict[str, float]:

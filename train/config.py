@@ -282,6 +282,12 @@ class Config:
             "false beside refill.oversample and refill.zero_variance = 'refill': how many prompts a step draws is not "
             "known a step ahead",
         )
+        require(
+            self.refill.zero_variance == "keep" or self.batch.samples_per_prompt > 1,
+            "refill.zero_variance",
+            self.refill.zero_variance,
+            "'keep' at batch.samples_per_prompt = 1, where the rewards of no prompt can differ",
+        )
         longest = self.sampling.max_response_tokens
         require(
             self.reward.overlong_buffer <= longest,

@@ -90,11 +90,12 @@ def build_rule(config: Config) -> tuple[rules.Rule, str]:
         aggregation = config.loss.aggregation or "token_mean"
         _check_predictable(rule, name, aggregation)
     _check_penalty(config, rule)
+    _check_teaches(config, rule)
     return rule, aggregation
 
 
 def _check_used(entropy: EntropyConfig) -> None:
-    """Raise ValueError for a setting of some rules beside a rule, or a preset, that does not read it."""
+    """Raise ValueError for a setting of some rules or curves beside one, or a preset, that does not read it."""
     rule = entropy.preset or entropy.rule or "none"
     if entropy.gamma is not None and rule not in _TAKE_GAMMA:
         raise ValueError(
@@ -105,6 +106,27 @@ def _check_used(entropy: EntropyConfig) -> None:
         raise ValueError(
             f"entropy.level = {entropy.level!r}: {rule!r} does not read it, {' and '.join(_TAKE_LEVEL)} do; leave it "
             "out, or give it to the rule that another wraps, by entropy.rule_options"
+        )
+    if entropy.preset is not None and entropy.rule_options:
+        raise ValueError(
+            f"entropy.rule_options = {entropy.rule_options!r}: the preset {entropy.preset!r} brings its own; leave "
+            "them out, or name the rule (entropy.rule) instead of the preset"
+        )
+    if entropy.schedule.points and entropy.schedule.kind != "piecewise":
+        raise ValueError(
+            f"entropy.schedule.points = {entropy.schedule.points!r}: {entropy.schedule.kind!r} does not read them; "
+            "leave them out, or set entropy.schedule.kind to 'piecewise'"
+        )
+
+
+def _check_teaches(config: Config, rule: rules.Rule) -> None:
+    """Raise ValueError for a rule that leaves nothing of what the advantage estimator leaves in the batch."""
+    estimator = resolve(ADVANTAGES, config.loss.advantage, "advantage (loss.advantage)")
+    if isinstance(_innermost(rule), rules.switch) and hasattr(estimator, "members"):
+        raise ValueError(
+            f"loss.advantage = {config.loss.advantage!r}: it takes rollouts of one sign out of the batch, and the rule "
+            "'switch' (preset 'paper_code') those of the other on one side of its band, where nothing would be learnt; "
+            "expected such as 'reinforce'"
         )
 
 

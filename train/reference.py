@@ -38,10 +38,12 @@ class Penalty:
     config: ReferenceConfig
     ref_logprob_T: Tensor
     """fp32, nats; the scored policy's own where a token's rollout was left out."""
+    scored_T: Tensor
+    """bool: tokens of the rollouts that were not."""
 
     def index(self, token_N: Tensor) -> "Penalty":
         """That of the tokens with these indices."""
-        return replace(self, ref_logprob_T=self.ref_logprob_T[token_N])
+        return replace(self, ref_logprob_T=self.ref_logprob_T[token_N], scored_T=self.scored_T[token_N])
 
     def added_to(
         self,
@@ -113,15 +115,17 @@ class Reference:
     def penalty(self, rollouts: Rollouts, stats: TokenStats, decision: Decision, tokens: int) -> Penalty:
         """The penalty of a batch whose policy statistics are `stats`; `tokens` a micro-batch.
 
-        Rollouts that will not be run are not scored here either.
+        Rollouts that will not be run, and those without a token that counts, are not scored here either.
         """
-        wanted_R = decision.keep_R if self.config.kl_on == "kept" else torch.ones_like(decision.keep_R)
+        wanted_R = torch.bincount(rollouts.rollout_T[rollouts.mask_T], minlength=rollouts.R) > 0
+        if self.config.kl_on == "kept":
+            wanted_R &= decision.keep_R
         ref_logprob_T = stats.logprob_T.clone()
         if bool(wanted_R.any()):
             with self._scoring():
                 scored = self.policy.score(rollouts.select(wanted_R), tokens)
             ref_logprob_T[wanted_R[rollouts.rollout_T]] = scored.logprob_T.to(ref_logprob_T.dtype)
-        return Penalty(config=self.config, ref_logprob_T=ref_logprob_T)
+        return Penalty(config=self.config, ref_logprob_T=ref_logprob_T, scored_T=wanted_R[rollouts.rollout_T])
 
 
 @contextmanager
@@ -137,5 +141,6 @@ def _on(policy: Policy, device: torch.device) -> Iterator[None]:
 
 
 def divergence(penalty: Penalty, stats: TokenStats, mask_T: Tensor) -> float:
-    """Mean of k3 over the tokens the policy chose, nats: how far it has moved from the reference."""
-    return float(kl(stats.logprob_T, penalty.ref_logprob_T, kind="k3")[mask_T].double().mean())
+    """Mean of k3 over the tokens that count and were scored, nats: how far the policy has moved from the reference. NaN
+    where there is none."""
+    return float(kl(stats.logprob_T, penalty.ref_logprob_T, kind="k3")[mask_T & penalty.scored_T].double().mean())

@@ -142,9 +142,11 @@ class Run:
         self.folder.release()
 
     def value(self, row: Mapping[str, Any]) -> float | None:
-        """How good the present step is by `checkpoint.best`, from its metrics. ValueError for a name they should have
-        and do not."""
+        """How good the present step is by `checkpoint.best`, from its metrics; None for a step that was left out, which
+        may lack it. ValueError for a name they should have and do not."""
         best = self.config.checkpoint.best
+        if self.bad_in_a_row and best.removeprefix("-") not in row:
+            return None
         return value_of(best, row, evaluated=self.evaluation_due()) if best else None
 
     def save(self, value: float | None = None) -> Path:
@@ -170,18 +172,25 @@ class Run:
             group["lr"] = lr
         return lr
 
-    def decide(self, rollouts: Rollouts, stats: TokenStats, reward_R: torch.Tensor) -> tuple[Decision, Learning]:
+    def decide(
+        self,
+        rollouts: Rollouts,
+        stats: TokenStats,
+        reward_R: torch.Tensor,
+        sampled: tuple[torch.Tensor, torch.Tensor] | None = None,
+    ) -> tuple[Decision, Learning]:
         """Advantages, then the method's look at the entropy, then the controller's verdict on every rollout.
 
         The predicted entropy change uses the gradient of the policy loss that is about to be taken, at the scored
-        policy; a penalty to a reference and an entropy bonus are not in it.
+        policy; a penalty to a reference and an entropy bonus are not in it. sampled: as `EntropyController.decide`.
         """
         counted_R = torch.bincount(rollouts.rollout_T[rollouts.mask_T], minlength=rollouts.R)
         advantage_R = self.advantage(reward_R, rollouts.group_R, counted_R)
         entropy = _mean_of(stats.entropy_T, rollouts.mask_T)
         clamped = None if stats.clamped_entropy_T is None else _mean_of(stats.clamped_entropy_T, rollouts.mask_T)
         learning = self._learning(entropy, clamped, members(self.advantage, reward_R, rollouts.group_R))
-        objective = learning.objective(rollouts, stats, stats.logprob_T, advantage_R, None, learning.member_R)
+        members_only = learning.members(rollouts)
+        objective = learning.objective(members_only, stats, stats.logprob_T, advantage_R, None)
         decision = self.controller.decide(
             step=self.step,
             stats=stats,
@@ -189,6 +198,7 @@ class Run:
             group_R=rollouts.group_R,
             advantage_R=advantage_R,
             reward_R=reward_R,
+            sampled=sampled,
             mask_T=rollouts.mask_T,
             loss_fn=lambda logprob_T: objective(logprob_T, stats.entropy_T, slice(0, len(logprob_T))),
             temperature=self.config.sampling.temperature,
@@ -200,8 +210,8 @@ class Run:
         )
         if self.reference is None:
             return decision, learning
-        penalty = self.reference.penalty(rollouts, stats, decision, self.config.batch.tokens_per_microbatch)
-        metrics = {**decision.metrics, "reference_kl": divergence(penalty, stats, rollouts.mask_T)}
+        penalty = self.reference.penalty(members_only, stats, decision, self.config.batch.tokens_per_microbatch)
+        metrics = {**decision.metrics, "reference_kl": divergence(penalty, stats, members_only.mask_T)}
         return replace(decision, metrics=metrics), replace(learning, penalty=penalty)
 
     def _learning(self, entropy: float, clamped_entropy: float | None, member_R: torch.Tensor | None) -> Learning:

@@ -47,8 +47,10 @@ class RunFolder:
             return
         schedule = self.config.entropy.schedule
         free = _FREE_ON_RESUME
-        if schedule.steps is not None or schedule.kind in ("constant", "piecewise"):
-            free = (*free, "optimizer.steps")  # else it would stretch the curve
+        method = self.config.loss.method
+        stretches = schedule.steps is None and schedule.kind not in ("constant", "piecewise")
+        if not (stretches or method == "flexible_clip" or ":" in method):
+            free = (*free, "optimizer.steps")  # else it would stretch the curve, or the method's timetable
         old = yaml.safe_load((self.dir / "config.yaml").read_text())
         changed = [line for line in differences(old, to_dict(self.config)) if not line.startswith(free)]
         if changed:

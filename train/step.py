@@ -44,20 +44,18 @@ class Learning:
     """What the policy loss is multiplied by."""
 
     def objective(
-        self, rollouts: Rollouts, stats: TokenStats, old_logprob_T: Tensor, advantage_R: Tensor, keep_T: Tensor | None,
-        member_R: Tensor | None = None,
+        self, rollouts: Rollouts, stats: TokenStats, old_logprob_T: Tensor, advantage_R: Tensor, keep_T: Tensor | None
     ) -> PolicyObjective:  # fmt: skip
         """The loss of some rollouts as one optimizer update; `stats` are those of the policy it changes."""
-        mask_T = rollouts.mask_T if member_R is None else rollouts.mask_T & member_R[rollouts.rollout_T]
         tokens = Tokens(
             stats=stats,
             old_logprob_T=old_logprob_T,
             advantage_T=advantage_R[rollouts.rollout_T],
-            mask_T=mask_T,
+            mask_T=rollouts.mask_T,
             rollout_T=rollouts.rollout_T,
             group_R=rollouts.group_R,
             keep_T=keep_T,
-            importance_T=self.importance_T(rollouts, old_logprob_T, mask_T),
+            importance_T=self.importance_T(rollouts, old_logprob_T),
             seed=self.config.seed,
             step=self.step,
         )
@@ -66,12 +64,18 @@ class Learning:
             self.method, tokens, self.state, aggregation=self.aggregation, advantage_R=advantage_R, scale=scale
         )
 
-    def importance_T(self, rollouts: Rollouts, old_logprob_T: Tensor, mask_T: Tensor) -> Tensor | None:
+    def members(self, rollouts: Rollouts) -> Rollouts:
+        """The same rollouts, with the tokens of those that the advantage estimator takes out masked."""
+        if self.member_R is None:
+            return rollouts
+        return replace(rollouts, mask_T=rollouts.mask_T & self.member_R[rollouts.rollout_T])
+
+    def importance_T(self, rollouts: Rollouts, old_logprob_T: Tensor) -> Tensor | None:
         """Weights of the policy at the start of the step over the sampler; None where there is nothing to correct."""
         if self.importance is None or rollouts.sampler_logprob_T is None:
             return None
         return self.importance(
-            old_logprob_T, rollouts.sampler_logprob_T, rollouts.rollout_T, mask_T, rollouts.R
+            old_logprob_T, rollouts.sampler_logprob_T, rollouts.rollout_T, rollouts.mask_T, rollouts.R
         ).weight_T
 
 
@@ -116,13 +120,12 @@ def make_share(
     moved: the policy, where it is no longer what `stats` scored; it scores again if the method looks at where it is.
     """
     token_N = chosen_R[rollouts.rollout_T].nonzero()[:, 0]
-    part, old = rollouts.select(chosen_R), stats.index(token_N)
+    part, old = learning.members(rollouts).select(chosen_R), stats.index(token_N)
     now = old
     if moved is not None and learning.method.needs_current:
         now = moved.score(part, learning.config.batch.tokens_per_microbatch)
     advantage_R, keep_T = decision.advantage_R[chosen_R], decision.keep_T[token_N]
-    member_R = None if learning.member_R is None else learning.member_R[chosen_R]
-    objective = learning.objective(part, now, old.logprob_T, advantage_R, keep_T, member_R)
+    objective = learning.objective(part, now, old.logprob_T, advantage_R, keep_T)
     if learning.factor != 1.0:
         objective = replace(objective, weight_T=learning.factor * objective.weight_T)
     if learning.penalty is not None:
@@ -203,7 +206,8 @@ def update(
 ) -> dict[str, float]:
     """Makes `loss.passes` x `batch.updates_per_step` optimizer updates from one step's rollouts; returns metrics.
 
-    An update whose share has no rollout with a gradient is skipped and counted in `updates_empty`. Raises
+    An update whose share has no rollout with a gradient, or none at all, is skipped and counted in `updates_empty`: of
+    prompts without a signal fewer may be left than there are updates. Raises
     NonFiniteError when a loss or the gradient norm is not finite: that update is not made, those before it in the step
     stay, and the message says how many.
 
@@ -217,6 +221,9 @@ def update(
     empty = 0
     for _ in range(config.loss.passes):
         for groups in shares:
+            if not len(groups):
+                empty += 1
+                continue
             chosen_R = torch.isin(rollouts.group_R, groups)
             share = make_share(learning, rollouts, stats, decision, chosen_R, moved=policy if norms else None)
             if not share.active:

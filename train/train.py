@@ -27,7 +27,7 @@ from rich.table import Table
 
 from entrocraft.train import plan_command, verify_resume
 from entrocraft.train.batch_table import batch_table
-from entrocraft.train.batches import collect, effective, judge
+from entrocraft.train.batches import Graded, collect, effective, judge
 from entrocraft.train.config import Config
 from entrocraft.train.config_reader import load_config, to_dict
 from entrocraft.train.errors import NonFiniteError, TrainingStopped, reason_to_stop
@@ -52,11 +52,11 @@ from entrocraft.train.wandb_log import WandbLog
 def train_step(run: Run, pool: Grader, log: MetricsLog, say: Callable[[str], None]) -> dict[str, float | str]:
     """One step: sample, reward, score, decide, update, publish. Returns its metrics; `say` tells of trouble."""
     clock = Clock(run.policy.model, device=run.policy.device, ranks=run.ranks.size)
-    sampled, learnt = collect(run, pool, clock), Work()
-    row: dict[str, float | str] = {"lr": run.set_learning_rate(), "staleness": float(sampled.age)}
+    waves, learnt = [collect(run, pool, clock)], Work()
+    row: dict[str, float | str] = {"lr": run.set_learning_rate(), "staleness": float(waves[0].age)}
     try:
-        judged = judge(run, pool, sampled, clock)
-        sampled, decision, learning = judged.sampled, judged.decision, judged.learning
+        judged = judge(run, pool, waves, clock)
+        decision, learning = judged.decision, judged.learning
         row |= self_check(run, judged.rollouts)
         row |= watch_mismatch(run, judged.rollouts, judged.stats, log, say)
         row |= {**decision.metrics, "reason": decision.reason, **judged.metrics}
@@ -66,8 +66,10 @@ def train_step(run: Run, pool: Grader, log: MetricsLog, say: Callable[[str], Non
         row["effective_samples"] = effective(decision, judged.rollouts).sum().item()
         run.bad_in_a_row = 0
     except NonFiniteError as error:
-        run.skip_step(sampled.rollouts, sampled.rewards.reward_R, str(error), log)
+        whole = Graded.join(waves)
+        run.skip_step(whole.rollouts, whole.rewards.reward_R, str(error), log)
         say(f"step {run.step} skipped: {error}")
+    sampled = Graded.join(waves)
     clock.lap("update", tokens=learnt.tokens, forward=learnt, passes=3)
     run.drawing.settle()
     row |= run.engine.publish(run.step)

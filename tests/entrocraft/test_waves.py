@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from entrocraft.waves import Waves, effective_share, loss_scale, step_scale, subsample
 
@@ -39,6 +40,10 @@ def test_a_rule_that_keeps_nothing_stays_within_the_budget() -> None:
     waves.observe(0, 128)
     assert waves.next_size(0, 0) == 128
     assert waves.group_size() == 32
+    for factor, largest in ((1.9, 15), (1.0, 8), (4.0, 32)):
+        small = Waves(target=2, samples=8, max_factor=factor, ema=0.0)
+        small.observe(0, 16)
+        assert small.group_size() == largest
 
 
 @pytest.mark.parametrize("share", [0.15, 0.4, 0.9])
@@ -123,7 +128,8 @@ def test_bad_input_is_named() -> None:
         (lambda: waves.observe(5, 4), "kept = 5"),
         (lambda: waves.load_state_dict({"share_below": 0.5}), "state of Waves has"),
         (lambda: waves.load_state_dict(waves.state_dict() | {"share_above": 0.0}), "share_above = 0.0"),
-        (lambda: subsample(keep_R.astype(float), group_R, 3, seed=0, step=0), "keep_R has shape"),
+        (lambda: subsample(keep_R.astype(float), group_R, 3, seed=0, step=0), "keep_R is a ndarray of shape .60"),
+        (lambda: subsample(torch.from_numpy(keep_R), group_R, 3, seed=0, step=0), "Tensor .* expected a NumPy array"),  # type: ignore[arg-type]
         (lambda: subsample(keep_R, group_R[1:], 3, seed=0, step=0), "group_R has shape"),
         (lambda: subsample(keep_R, group_R, 0, seed=0, step=0), "target = 0"),
         (lambda: loss_scale(3, 0), "target = 0"),

@@ -1,6 +1,7 @@
 """The penalty for leaving a reference: its gradient against a plain loop, what it runs, and what it costs when off."""
 
 import dataclasses
+import math
 
 import pytest
 import torch
@@ -130,6 +131,38 @@ def test_under_eq5_every_rollout_has_its_penalty(batch):
     for parameter, gradient in zip(policy.model.parameters(), expected, strict=True):
         assert float((parameter.grad - gradient).abs().max() / gradient.abs().max()) < 1e-5
     assert divergence(penalty, stats, rollouts.mask_T) > 0.01
+
+
+@pytest.mark.parametrize("kl_on", ["all", "kept"])
+def test_rollouts_that_the_advantage_takes_out_have_no_penalty(batch, kl_on):
+    """As `psr` and `nsr` do: they are in neither mean, are not run, and are no part of the divergence."""
+    policy, rollouts, stats, decision = batch
+    config = make_config(kl_coefficient=0.7, kl="k2", kl_on=kl_on)
+    reference = Reference.load(config, policy, Ranks(), CPU)
+    assert reference is not None
+    reference.policy.model.double()
+    member_R = torch.tensor([True, True, False, False, True, True])
+    member_T = member_R[rollouts.rollout_T]
+    weights = [float(member) / int(member_T.sum()) for member in member_R]
+    expected = plain_gradient(policy, reference.policy, rollouts, stats, decision, config.reference, (weights, weights))
+    learning = Learning(
+        method=build_method(config), state={}, aggregation="token_mean", config=config, step=1, member_R=member_R
+    )
+    left = learning.members(rollouts)
+    penalty = reference.penalty(left, stats, decision, 64)
+    share = make_share(dataclasses.replace(learning, penalty=penalty), rollouts, stats, decision, ALL)
+    assert share.active == ([0, 1, 4, 5] if kl_on == "all" else [1, 4, 5])
+    accumulate(policy, share, 64)
+    for parameter, gradient in zip(policy.model.parameters(), expected, strict=True):
+        assert float((parameter.grad - gradient).abs().max() / gradient.abs().max()) < 1e-5
+    drift = []
+    for r in share.active:
+        with torch.no_grad():
+            d = logprobs(reference.policy, rollouts, r) - logprobs(policy, rollouts, r)
+        drift += (d.exp() - d - 1).tolist()
+    assert divergence(penalty, stats, left.mask_T) == pytest.approx(sum(drift) / len(drift), rel=1e-6)
+    nothing = dataclasses.replace(penalty, scored_T=torch.zeros_like(penalty.scored_T))
+    assert math.isnan(divergence(nothing, stats, left.mask_T))
 
 
 def test_without_a_penalty_rejected_rollouts_are_not_run_and_nothing_is_loaded(batch):

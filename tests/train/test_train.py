@@ -141,6 +141,10 @@ def test_a_run_is_not_written_over_and_not_mixed_with_other_settings(work):
     fixed = ("--entropy.schedule.steps=12", f"--run_dir={work / 'fixed'}")
     here(work, *fixed, "--optimizer.steps=3")
     here(work, *fixed, "--resume=auto", "--optimizer.steps=4")  # with a curve of its own, a longer run is the same run
+    timed = (*fixed, "--loss.method=flexible_clip", f"--run_dir={work / 'timed'}")
+    here(work, *timed, "--optimizer.steps=3")
+    done = here(work, *timed, "--resume=auto", "--optimizer.steps=4", code=2)  # but not with a timetable of the run
+    assert "optimizer.steps: 3 -> 4" in done.stderr
     assert [row["step"] for row in rows(work / "fixed")] == [1, 2, 3, 4]
     (work / "begun").mkdir()
     (work / "begun" / "metrics.jsonl").write_text('{"step": 1}\n')
