@@ -55,11 +55,12 @@ class Case(NamedTuple):
         return keep_T, self.a_R * weight
 
     def scale_R(self, passes_R: np.ndarray, smooth: bool) -> np.ndarray:
-        """c_x of every rollout, at most 4; 1 where a prompt has no advantage, 0 where none passes."""
-        scale_R = np.ones(R)
+        """c_x of every rollout, at most 4; 1 where a prompt has no advantage, 0 where none passes. Sums are over those
+        of which a token counts."""
+        scale_R, counted_R = np.ones(R), np.isin(np.arange(R), ROLLOUT[self.counted_T])
         for group in GROUP_R.unique().tolist():
             mine_R = GROUP_R.numpy() == group
-            square_R, passed = np.where(mine_R, self.a_R**2, 0.0), 0.0
+            square_R, passed = np.where(mine_R & counted_R, self.a_R**2, 0.0), 0.0
             counts = [int((square_R[sign_R] > 0).sum()) for sign_R in (self.a_R > 0, self.a_R < 0)]
             for sign_R in (self.a_R > 0, self.a_R < 0):
                 share = square_R[sign_R].sum() / max(square_R.sum(), 1e-300)

@@ -224,7 +224,7 @@ def test_every_decision_is_the_definition_of_its_rule(loss: str) -> None:
             decision, what = decision_on(loss, advantage, rule, direction), f"{advantage} {rule} {direction}"
             keep, a_R = verdict_of(rule, case._replace(want=-SHIFT * direction / gain_of(rule)))
             keep_T = keep if "token" in rule else keep[ROLLOUT]
-            useful = bool((keep & case.counted_T).any() if "token" in rule else keep.any())
+            useful = bool((keep_T & case.counted_T).any())
             assert decision.bypassed is not useful, what
             if decision.bypassed:
                 keep_T, a_R = np.ones(T, dtype=bool), case.a_R

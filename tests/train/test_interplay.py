@@ -23,9 +23,6 @@ def even(completion, answer, prompt):
 
 def scarce(completion, answer, prompt):  # one problem of twelve has a signal
     return float(len(completion) % 2) if answer == "3" else 0.0
-
-def same(completion, answer, prompt):
-    return 1.0
 """
 BASE = ("--config=run.yaml",)
 
@@ -80,10 +77,7 @@ def test_fewer_prompts_left_than_updates(work, how):
     assert row["grad_norm"] > 0
 
 
-def test_a_refill_that_finds_no_signal_learns_from_one_wave(work):
-    _, (row,) = steps("same", "--reward.name=met_rewards:same", "--refill.zero_variance=refill")
-    assert (row["prompts_sampled"], row["prompts_learnt"]) == (12, 4)
-    assert row["updates"] == 0
+def test_groups_of_one_cannot_be_filtered_by_their_variance(work):
     with pytest.raises(ValueError, match=r"refill.zero_variance = 'refill': expected 'keep' at batch.samples_p"):
         load_config([*BASE, "--refill.zero_variance=refill", "--batch.samples_per_prompt=1"])
 
