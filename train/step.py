@@ -207,9 +207,8 @@ def update(
     """Makes `loss.passes` x `batch.updates_per_step` optimizer updates from one step's rollouts; returns metrics.
 
     An update whose share has no rollout with a gradient, or none at all, is skipped and counted in `updates_empty`: of
-    prompts without a signal fewer may be left than there are updates. Raises
-    NonFiniteError when a loss or the gradient norm is not finite: that update is not made, those before it in the step
-    stay, and the message says how many.
+    prompts with a signal fewer may be left than there are updates. Raises NonFiniteError when a loss or the gradient
+    norm is not finite: that update is not made, those before it in the step stay, and the message says how many.
 
     clip_fraction_SIDE: of all tokens. clip_fraction_SIDE_SIGN: of the tokens whose advantage has that sign, `dual`
     being on the high side. `Work.NAMES`: what went through the model.

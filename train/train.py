@@ -52,7 +52,7 @@ from entrocraft.train.wandb_log import WandbLog
 def train_step(run: Run, pool: Grader, log: MetricsLog, say: Callable[[str], None]) -> dict[str, float | str]:
     """One step: sample, reward, score, decide, update, publish. Returns its metrics; `say` tells of trouble."""
     clock = Clock(run.policy.model, device=run.policy.device, ranks=run.ranks.size)
-    waves, learnt = [collect(run, pool, clock)], Work()
+    waves, learnt, trouble = [collect(run, pool, clock)], Work(), ""
     row: dict[str, float | str] = {"lr": run.set_learning_rate(), "staleness": float(waves[0].age)}
     try:
         judged = judge(run, pool, waves, clock)
@@ -66,10 +66,11 @@ def train_step(run: Run, pool: Grader, log: MetricsLog, say: Callable[[str], Non
         row["effective_samples"] = effective(decision, judged.rollouts).sum().item()
         run.bad_in_a_row = 0
     except NonFiniteError as error:
-        whole = Graded.join(waves)
-        run.skip_step(whole.rollouts, whole.rewards.reward_R, str(error), log)
-        say(f"step {run.step} skipped: {error}")
+        trouble = str(error)
     sampled = Graded.join(waves)
+    if trouble:
+        run.skip_step(sampled.rollouts, sampled.rewards.reward_R, trouble, log)
+        say(f"step {run.step} skipped: {trouble}")
     clock.lap("update", tokens=learnt.tokens, forward=learnt, passes=3)
     run.drawing.settle()
     row |= run.engine.publish(run.step)

@@ -1,12 +1,12 @@
 """Groups without a signal kept, filtered and refilled; constant effective batches; whole runs of a few steps."""
 
 import dataclasses
-import json
 import math
+import sys
 
 import pytest
 import torch
-import yaml
+from small_runs import lay_out, run_steps
 
 from entrocraft import EntropyController, Rollouts
 from entrocraft.entropy_bonus import AEnt
@@ -14,12 +14,10 @@ from entrocraft.train import batches, train
 from entrocraft.train.batches import Graded
 from entrocraft.train.config_reader import load_config
 from entrocraft.train.length_limit import at_the_limit
-from entrocraft.train.metrics import MetricsLog, depends_on_the_clock
+from entrocraft.train.metrics import depends_on_the_clock
 from entrocraft.train.problems import Problem
-from entrocraft.train.rewards import RewardBatch, RewardPool
+from entrocraft.train.rewards import RewardBatch
 from entrocraft.train.run import Run
-from entrocraft.train.spread import SpreadPool
-from entrocraft.train.train import train_step
 
 REWARDS = """
 def half(completion, answer, prompt):  # every second problem has one reward for all
@@ -35,42 +33,17 @@ def scarce(completion, answer, prompt):  # one problem of twelve has a signal
 
 @pytest.fixture
 def work(tmp_path, monkeypatch):
-    (tmp_path / "signal_rewards.py").write_text(REWARDS)
-    problems = [{"prompt": f"{i} plus {i} is", "answer": str(i)} for i in range(12)]
-    (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in problems))
-    config = {
-        "device": "cpu",
-        "model": {"tiny": {"hidden_size": 16, "layers": 1, "heads": 2, "mlp_size": 32, "context": 64}},
-        "data": {"train": "train.jsonl"},
-        "batch": {"prompts_per_step": 4, "samples_per_prompt": 8, "tokens_per_microbatch": 512},
-        "sampling": {"max_response_tokens": 6},
-        "reward": {"name": "signal_rewards:half", "workers": 0},
-        "entropy": {"rule": "budget", "schedule": {"start": "measured", "end": 5.0, "steps": 4}},
-        "optimizer": {"steps": 2, "lr": 0.01},
-        "checkpoint": {"every": 2},
-    }
-    (tmp_path / "run.yaml").write_text(yaml.safe_dump(config))
+    curve = {"rule": "budget", "schedule": {"start": "measured", "end": 5.0, "steps": 4}}
+    lay_out(tmp_path, REWARDS, name="half", entropy=curve, steps=2)
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.delitem(sys.modules, "own_rewards", raising=False)
     return tmp_path
 
 
 def rows(name, *arguments, steps=2):
     """Metrics of a run of so many further steps, without times."""
-    run = Run(load_config(["--config=run.yaml", f"--run_dir={name}", "--resume=auto", *arguments]))
-    resumed = run.resume()
-    run.begin(resumed)
-    run.engine.publish(run.step)
-    made = []
-    with (
-        RewardPool(run.config.reward.name, workers=0, timeout_s=1.0) as pool,
-        MetricsLog(run.dir, resume_step=resumed) as log,
-    ):
-        for _ in range(steps):
-            run.step += 1
-            made.append(train_step(run, SpreadPool(pool, run.ranks), log, print))
-    run.save()
-    run.end()
+    _, made = run_steps(name, *arguments, steps=steps)
     return [{k: v for k, v in row.items() if not depends_on_the_clock(k)} for row in made]
 
 
@@ -116,7 +89,7 @@ def test_responses_at_the_limit_cost_reward_or_leave_the_batch(work):
 
 
 def test_nothing_to_learn_from_is_a_step_without_an_update(work):
-    for row in rows("none", "--reward.name=signal_rewards:same", "--refill.zero_variance=refill"):
+    for row in rows("none", "--reward.name=own_rewards:same", "--refill.zero_variance=refill"):
         assert row["updates"] == 0
         assert (row["prompts_sampled"], row["prompts_learnt"]) == (12, 4)  # three waves of four, and no more than one
         assert row["reward"] == 0
@@ -193,7 +166,7 @@ def test_aent_steers_by_the_entropy_without_the_least_likely_tokens(work):
 
 
 def test_where_the_budget_ends_early_the_loss_is_scaled_down(work):
-    scarce = ("--reward.name=signal_rewards:scarce", "--refill.oversample=true", "--entropy.rule=none")
+    scarce = ("--reward.name=own_rewards:scarce", "--refill.oversample=true", "--entropy.rule=none")
     for aggregation, scaled in (("kept_tokens", True), ("token_mean", False)):
         for row in rows(aggregation, *scarce, f"--loss.aggregation={aggregation}", steps=1):
             assert row["generated"] == 128
